@@ -1,0 +1,183 @@
+// Argument checks, the split over threads, and the call into the kernels.
+#include "api.h"
+
+#include "../common/quantize.h"
+#include "../common/status.h"
+#include "../cpu/cells.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/pages.h"
+#include "../cpu/threads.h"
+
+#include <cstdlib>
+
+namespace bnb {
+namespace {
+
+// A thread should get at least this many elements: about 15 microseconds of work, some times what it costs to wake it.
+constexpr int64_t kElementsPerThread = 32768;
+
+// Below this a binary search beats building the cell table (about 10 microseconds).
+constexpr int64_t kElementsWorthCells = 16384;
+
+bool is_dtype(int32_t dtype) { return dtype == kFloat32 || dtype == kFloat16 || dtype == kBFloat16; }
+
+bool is_quant_type(int32_t type) { return type == kFP4 || type == kNF4; }
+
+int64_t element_size(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Largest element count whose size in bytes, and any sum of two counts, stays within 64 bits.
+constexpr int64_t kMostElements = int64_t(1) << 60;
+
+bool is_count(int64_t n) { return n >= 0 && n <= kMostElements; }
+
+bool are_sizes(int64_t n, int64_t blocksize) { return is_count(n) && blocksize > 0; }
+
+int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// Splits the blocks over threads. `granule` blocks stay together.
+template <typename Args> void run_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t granule, int32_t threads) {
+    const int64_t blocks = ceil_divide(args.n, args.blocksize);
+    const int64_t grain = ceil_divide(kElementsPerThread, args.blocksize < kElementsPerThread ? args.blocksize * granule : kElementsPerThread);
+    parallel_for(ceil_divide(blocks, granule), grain, threads, [&](int64_t begin, int64_t end, int) {
+        const int64_t last = end * granule;
+        kernel(args, begin * granule, last < blocks ? last : blocks);
+    });
+}
+
+bool is_ascending(const float* code) {
+    for (int i = 0; i < 255; ++i)
+        if (!(code[i] <= code[i + 1]))
+            return false;
+    return true;
+}
+
+// The cell table of the code used last on this thread, recognised by its contents: callers may change a code in place.
+class CellCache {
+  public:
+    CellCache() = default;
+    CellCache(const CellCache&) = delete;
+    CellCache& operator=(const CellCache&) = delete;
+    ~CellCache() { free(table_); }
+
+    // Null: the code has no table, or there is no memory for it.
+    const CellTable* find(const float* midpoints, int64_t n) {
+        if (known_ && memcmp(midpoints_, midpoints, sizeof midpoints_) == 0)
+            return usable_ ? table_ : nullptr;
+        if (n < kElementsWorthCells)
+            return nullptr;
+        if (table_ == nullptr)
+            table_ = static_cast<CellTable*>(malloc(sizeof(CellTable)));
+        if (table_ == nullptr)
+            return nullptr;
+        memcpy(midpoints_, midpoints, sizeof midpoints_);
+        known_ = true;
+        usable_ = build_cells(midpoints, *table_);
+        return usable_ ? table_ : nullptr;
+    }
+
+  private:
+    CellTable* table_ = nullptr;
+    float midpoints_[255];
+    bool known_ = false, usable_ = false;
+};
+
+} // namespace
+} // namespace bnb
+
+using namespace bnb;
+
+const char* bnb_status_message(int32_t status) { return status_message(status); }
+
+int32_t bnb_cpu_quantize_4bit(const void* A, int32_t dtype, int64_t n, int64_t blocksize, int32_t quant_type, float* absmax, uint8_t* out,
+                              int32_t threads) {
+    if (!is_dtype(dtype) || !is_quant_type(quant_type) || !are_sizes(n, blocksize) || threads < 0)
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    advise_huge_pages(out, ceil_divide(n, 2));
+    const QuantizeArgs4bit args{A, absmax, out, n, blocksize, DType(dtype), QuantType(quant_type)};
+    run_blocks(kernels().quantize_4bit, args, blocksize % 2 == 0 ? 1 : 2, threads); // two odd blocks: threads must not share a byte
+    return kOk;
+}
+
+int32_t bnb_cpu_dequantize_4bit(const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t quant_type, int32_t dtype, void* out,
+                                int32_t threads) {
+    if (!is_dtype(dtype) || !is_quant_type(quant_type) || !are_sizes(n, blocksize) || threads < 0)
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    advise_huge_pages(out, n * element_size(dtype));
+    const DequantizeArgs4bit args{A, absmax, out, n, blocksize, DType(dtype), QuantType(quant_type)};
+    run_blocks(kernels().dequantize_4bit, args, 1, threads);
+    return kOk;
+}
+
+int32_t bnb_cpu_quantize_blockwise(const float* code, const void* A, int32_t dtype, int64_t n, int64_t blocksize, float* absmax, uint8_t* out,
+                                   int32_t threads) {
+    static thread_local CellCache cache;
+    if (!is_dtype(dtype) || !are_sizes(n, blocksize) || threads < 0)
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (code == nullptr || A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    if (!is_ascending(code))
+        return kBadCode;
+    float midpoints[255];
+    for (int i = 0; i < 255; ++i)
+        midpoints[i] = midpoint(code[i], code[i + 1]);
+    advise_huge_pages(out, n);
+    const QuantizeArgsBlockwise args{midpoints, cache.find(midpoints, n), A, absmax, out, n, blocksize, DType(dtype)};
+    run_blocks(kernels().quantize_blockwise, args, 1, threads);
+    return kOk;
+}
+
+int32_t bnb_cpu_dequantize_blockwise(const float* code, const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t dtype, void* out,
+                                     int32_t threads) {
+    if (!is_dtype(dtype) || !are_sizes(n, blocksize) || threads < 0)
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (code == nullptr || A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    advise_huge_pages(out, n * element_size(dtype));
+    const DequantizeArgsBlockwise args{code, A, absmax, out, n, blocksize, DType(dtype)};
+    run_blocks(kernels().dequantize_blockwise, args, 1, threads);
+    return kOk;
+}
+
+int32_t bnb_cpu_gemm_4bit(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
+                          const float* absmax_offset, const void* bias, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize,
+                          int32_t quant_type, int32_t dtype, int32_t threads) {
+    if (!is_dtype(dtype) || !is_quant_type(quant_type) || !is_count(M) || !is_count(N) || !are_sizes(K, blocksize) || threads < 0)
+        return kBadArgument;
+    if (M == 0 || N == 0)
+        return kOk;
+    const int64_t widest = K > N ? K : N;
+    if ((K != 0 && N > kMostElements / K) || (widest != 0 && M > kMostElements / widest))
+        return kBadArgument;
+    const bool has_weight = A != nullptr && B != nullptr && absmax != nullptr;
+    if (out == nullptr || (K != 0 && !has_weight) || (absmax_8bit != nullptr && (absmax_code == nullptr || absmax_offset == nullptr)))
+        return kBadArgument;
+    const int allowed = threads != 0 ? threads : default_threads();
+    return kernels().gemm_4bit(GemmArgs4bit{A, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out, M, N, K, blocksize,
+                                            QuantType(quant_type), DType(dtype), allowed});
+}
+
+const char* bnb_cpu_isa(void) { return kernels().name; }
+
+int32_t bnb_cpu_select_isa(const char* name) {
+    const KernelTable* table = find_kernels(name);
+    if (table == nullptr)
+        return kUnsupported;
+    use_kernels(*table);
+    return kOk;
+}
+
+int32_t bnb_cpu_isa_supported(const char* name) { return find_kernels(name) != nullptr; }
+
+const char* bnb_cpu_openmp_library(void) { return openmp_library(); }

@@ -1,0 +1,15 @@
+// The entry of one instruction set. Compiled once for each set.
+#include "kernels.h"
+
+#define BNB_QUOTE(name) #name
+#define BNB_NAME_OF(macro) BNB_QUOTE(macro)
+
+namespace bnb {
+namespace BNB_ISA {
+
+const KernelTable kernel_table = {
+    BNB_NAME_OF(BNB_ISA), quantize_4bit, dequantize_4bit, quantize_blockwise, dequantize_blockwise, gemm_4bit,
+};
+
+} // namespace BNB_ISA
+} // namespace bnb

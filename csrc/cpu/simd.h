@@ -1,0 +1,42 @@
+// A small vector vocabulary, so that a kernel is written once and compiled for each instruction set. Only these headers contain intrinsics.
+//
+//   W                               lanes in a vector
+//   F32, I32, Mask                  W floats, W 32-bit integers, W truth values
+//   splat(f), splat_bits(i)         the same value in every lane
+//   load(p), store(p, v)            W elements of float, Half or BFloat16; conversion rounds to nearest even, denormals and NaN kept
+//   load_first(p, n), store_first   the same for the first n lanes only, 0 <= n < W; other lanes read as 0, memory beyond is not touched
+//   add sub mul min max             as the names say; min(a, b) and max(a, b) return b where a is NaN
+//   mul_add(a, b, c)                a * b + c, rounded once where the set can fuse and twice otherwise: not for results that must be exact
+//   reduce_add(v)                   sum of the lanes
+//   bits(v), from_bits(i)           reinterpretation
+//   magnitude_bits(v)               bits with the sign cleared
+//   add_bits and_bits or_bits xor_bits, shift_left<n>, shift_right<n> (zeros in), shift_right_signed<n>
+//   max_bits(a, b), reduce_max_bits unsigned
+//   less(a, b)                      Mask of a < b
+//   twice_plus(i, m)                2 * i + (m ? 1 : 0): one step down a binary search tree
+//   Table8, lookup8(t, i)           t[i] for i in [0, 8), the table kept in registers
+//   Table16, lookup16(t, i)         t[i] for i in [0, 16)
+//   gather(p, i)                    p[i] for each lane, p of float or uint32_t
+//   load_bytes(p), store_bytes(p,i) W bytes, widened to or cut from 32 bits
+//   load_nibbles(p)                 W codes from W / 2 bytes, high nibble first. Bits above the fourth are undefined: only lookup16 may use them
+//   store_nibbles(p, a, b)          W bytes from 2 * W codes below 16
+#pragma once
+
+#include "../common/types.h"
+
+#if !defined(BNB_ISA)
+#error "compile with -DBNB_ISA=<set> and -DBNB_SIMD_<SET>"
+#endif
+
+// Static for the reason given at BNB_HD.
+#define BNB_INLINE BNB_HD
+
+#if defined(BNB_SIMD_AVX512)
+#include "simd_avx512.h"
+#elif defined(BNB_SIMD_AVX2)
+#include "simd_avx2.h"
+#elif defined(BNB_SIMD_NEON)
+#include "simd_neon.h"
+#else
+#include "simd_scalar.h"
+#endif

@@ -1,0 +1,151 @@
+// AVX2 with FMA and F16C: eight lanes, a 16-entry table in two registers.
+#pragma once
+
+#include <immintrin.h>
+
+namespace bnb {
+namespace BNB_ISA {
+
+constexpr int W = 8;
+
+struct F32 {
+    __m256 v;
+};
+
+struct I32 {
+    __m256i v;
+};
+
+struct Mask {
+    __m256 v; // all bits of a lane set or clear
+};
+
+struct Table8 {
+    __m256 v;
+};
+
+struct Table16 {
+    __m256 low, high;
+};
+
+BNB_INLINE __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+BNB_INLINE F32 splat(float x) { return {_mm256_set1_ps(x)}; }
+BNB_INLINE I32 splat_bits(uint32_t x) { return {_mm256_set1_epi32(int(x))}; }
+
+BNB_INLINE F32 widen(const Half*, __m128i h) { return {_mm256_cvtph_ps(h)}; }
+BNB_INLINE F32 widen(const BFloat16*, __m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
+BNB_INLINE __m128i narrow(const Half*, F32 a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+BNB_INLINE __m128i narrow(const BFloat16*, F32 a) {
+    const __m256i x = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+
+BNB_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+BNB_INLINE F32 load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+BNB_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+BNB_INLINE void store_first(float* p, F32 a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
+
+template <typename T> BNB_INLINE F32 load(const T* p) { return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+template <typename T> BNB_INLINE F32 load_first(const T* p, int n) {
+    alignas(16) T copy[W] = {};
+    for (int i = 0; i < n; ++i)
+        copy[i] = p[i];
+    return load(copy);
+}
+
+template <typename T> BNB_INLINE void store(T* p, F32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, a)); }
+
+template <typename T> BNB_INLINE void store_first(T* p, F32 a, int n) {
+    alignas(16) T copy[W];
+    store(copy, a);
+    for (int i = 0; i < n; ++i)
+        p[i] = copy[i];
+}
+
+BNB_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+BNB_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+BNB_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+BNB_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+BNB_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+BNB_INLINE float reduce_add(F32 a) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+BNB_INLINE I32 bits(F32 a) { return {_mm256_castps_si256(a.v)}; }
+BNB_INLINE F32 from_bits(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+BNB_INLINE I32 add_bits(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+BNB_INLINE I32 and_bits(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+BNB_INLINE I32 or_bits(I32 a, I32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+BNB_INLINE I32 xor_bits(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+template <int n> BNB_INLINE I32 shift_left(I32 a) { return {_mm256_slli_epi32(a.v, n)}; }
+template <int n> BNB_INLINE I32 shift_right(I32 a) { return {_mm256_srli_epi32(a.v, n)}; }
+template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { return {_mm256_srai_epi32(a.v, n)}; }
+BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7fffffffu)); }
+BNB_INLINE I32 max_bits(I32 a, I32 b) { return {_mm256_max_epu32(a.v, b.v)}; }
+
+BNB_INLINE uint32_t reduce_max_bits(I32 a) {
+    __m128i largest = _mm_max_epu32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    largest = _mm_max_epu32(largest, _mm_unpackhi_epi64(largest, largest));
+    return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(largest, _mm_srli_epi64(largest, 32))));
+}
+
+BNB_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+
+// A true lane is -1.
+BNB_INLINE I32 twice_plus(I32 a, Mask m) { return {_mm256_sub_epi32(_mm256_add_epi32(a.v, a.v), _mm256_castps_si256(m.v))}; }
+
+BNB_INLINE Table8 load_table8(const float* p) { return {_mm256_loadu_ps(p)}; }
+BNB_INLINE Table16 load_table16(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }
+
+// The permutation uses the low three bits of an index; the fourth, moved to the sign, chooses the half.
+BNB_INLINE F32 lookup16(Table16 table, I32 index) {
+    const __m256 low = _mm256_permutevar8x32_ps(table.low, index.v);
+    const __m256 high = _mm256_permutevar8x32_ps(table.high, index.v);
+    return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
+}
+
+BNB_INLINE F32 gather(const float* p, I32 index) { return {_mm256_i32gather_ps(p, index.v, 4)}; }
+BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), index.v, 4)}; }
+
+BNB_INLINE I32 load_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
+
+BNB_INLINE void store_bytes(uint8_t* p, I32 a) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+// Each byte is spread over a pair of lanes; the even lane shifts its high nibble down.
+BNB_INLINE I32 load_nibbles(const uint8_t* p) {
+    int32_t packed;
+    memcpy(&packed, p, sizeof packed);
+    const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(packed));
+    const __m256i pairs = _mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 32));
+    return {_mm256_srlv_epi32(pairs, _mm256_set1_epi64x(4))};
+}
+
+// packs interleaves the 128-bit halves of a and b; multiply-add forms 16 * even + odd; the unpack at the end restores the order.
+BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
+    const __m256i words = _mm256_packs_epi32(a.v, b.v);
+    const __m256i pairs = _mm256_madd_epi16(words, _mm256_set1_epi32(0x00010010));
+    const __m256i bytes = _mm256_shuffle_epi8(pairs, _mm256_set1_epi64x(0x0c0804000c080400));
+    const __m128i ordered = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), ordered);
+}
+
+} // namespace BNB_ISA
+} // namespace bnb

@@ -1,0 +1,119 @@
+// AVX-512 F, BW, DQ, VL: sixteen lanes, a 16-entry table in one register.
+#pragma once
+
+#include <immintrin.h>
+
+namespace bnb {
+namespace BNB_ISA {
+
+constexpr int W = 16;
+
+struct F32 {
+    __m512 v;
+};
+
+struct I32 {
+    __m512i v;
+};
+
+struct Mask {
+    __mmask16 v;
+};
+
+struct Table8 {
+    __m512 v;
+};
+
+struct Table16 {
+    __m512 v;
+};
+
+BNB_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+
+BNB_INLINE F32 splat(float x) { return {_mm512_set1_ps(x)}; }
+BNB_INLINE I32 splat_bits(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
+
+BNB_INLINE F32 widen_half(__m256i h) { return {_mm512_cvtph_ps(h)}; }
+BNB_INLINE F32 widen_bfloat16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+BNB_INLINE __m256i narrow_half(F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// Integer rounding: the bfloat16 instruction of AVX512_BF16 would flush denormals.
+BNB_INLINE __m256i narrow_bfloat16(F32 a) {
+    const __m512i x = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+
+BNB_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+BNB_INLINE F32 load(const Half* p) { return widen_half(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+BNB_INLINE F32 load(const BFloat16* p) { return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+BNB_INLINE F32 load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+BNB_INLINE F32 load_first(const Half* p, int n) { return widen_half(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+BNB_INLINE F32 load_first(const BFloat16* p, int n) { return widen_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+
+BNB_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+BNB_INLINE void store(Half* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_half(a)); }
+BNB_INLINE void store(BFloat16* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(a)); }
+BNB_INLINE void store_first(float* p, F32 a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+BNB_INLINE void store_first(Half* p, F32 a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_half(a)); }
+BNB_INLINE void store_first(BFloat16* p, F32 a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bfloat16(a)); }
+
+BNB_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+BNB_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+BNB_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+BNB_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+BNB_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+BNB_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
+
+BNB_INLINE I32 bits(F32 a) { return {_mm512_castps_si512(a.v)}; }
+BNB_INLINE F32 from_bits(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+BNB_INLINE I32 add_bits(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+BNB_INLINE I32 and_bits(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+BNB_INLINE I32 or_bits(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+BNB_INLINE I32 xor_bits(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int n> BNB_INLINE I32 shift_left(I32 a) { return {_mm512_slli_epi32(a.v, n)}; }
+template <int n> BNB_INLINE I32 shift_right(I32 a) { return {_mm512_srli_epi32(a.v, n)}; }
+template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { return {_mm512_srai_epi32(a.v, n)}; }
+BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7fffffffu)); }
+BNB_INLINE I32 max_bits(I32 a, I32 b) { return {_mm512_max_epu32(a.v, b.v)}; }
+BNB_INLINE uint32_t reduce_max_bits(I32 a) { return _mm512_reduce_max_epu32(a.v); }
+
+BNB_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+
+BNB_INLINE I32 twice_plus(I32 a, Mask m) {
+    const __m512i twice = _mm512_add_epi32(a.v, a.v);
+    return {_mm512_mask_sub_epi32(twice, m.v, twice, _mm512_set1_epi32(-1))};
+}
+
+BNB_INLINE Table8 load_table8(const float* p) { return {_mm512_castps256_ps512(_mm256_loadu_ps(p))}; }
+BNB_INLINE Table16 load_table16(const float* p) { return {_mm512_loadu_ps(p)}; }
+BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
+BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
+
+BNB_INLINE F32 gather(const float* p, I32 index) { return {_mm512_i32gather_ps(index.v, p, 4)}; }
+BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm512_i32gather_epi32(index.v, p, 4)}; }
+
+BNB_INLINE I32 load_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+BNB_INLINE void store_bytes(uint8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+
+// Each byte is spread over a pair of lanes; the even lane shifts its high nibble down.
+BNB_INLINE I32 load_nibbles(const uint8_t* p) {
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m512i pairs = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 32));
+    return {_mm512_srlv_epi32(pairs, _mm512_set1_epi64(4))};
+}
+
+BNB_INLINE __m128i pair_nibbles(I32 a) {
+    return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(a.v, 4), _mm512_srli_epi64(a.v, 32)));
+}
+
+BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi64(pair_nibbles(a), pair_nibbles(b)));
+}
+
+} // namespace BNB_ISA
+} // namespace bnb

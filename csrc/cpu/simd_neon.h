@@ -1,0 +1,148 @@
+// NEON on 64-bit ARM, where it is part of the baseline: four lanes, tables looked up byte by byte.
+#pragma once
+
+#include <arm_neon.h>
+
+namespace bnb {
+namespace BNB_ISA {
+
+constexpr int W = 4;
+
+struct F32 {
+    float32x4_t v;
+};
+
+struct I32 {
+    uint32x4_t v;
+};
+
+struct Mask {
+    uint32x4_t v; // all bits of a lane set or clear
+};
+
+struct Table8 {
+    uint8x16x2_t v;
+};
+
+struct Table16 {
+    uint8x16x4_t v;
+};
+
+BNB_INLINE F32 splat(float x) { return {vdupq_n_f32(x)}; }
+BNB_INLINE I32 splat_bits(uint32_t x) { return {vdupq_n_u32(x)}; }
+
+BNB_INLINE F32 widen(const Half*, uint16x4_t h) { return {vcvt_f32_f16(vreinterpret_f16_u16(h))}; }
+BNB_INLINE F32 widen(const BFloat16*, uint16x4_t h) { return {vreinterpretq_f32_u32(vshll_n_u16(h, 16))}; }
+BNB_INLINE uint16x4_t narrow(const Half*, F32 a) { return vreinterpret_u16_f16(vcvt_f16_f32(a.v)); }
+
+BNB_INLINE uint16x4_t narrow(const BFloat16*, F32 a) {
+    const uint32x4_t x = vreinterpretq_u32_f32(a.v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(x, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(x, vdupq_n_u32(0x7fff)), odd);
+    const uint32x4_t number = vceqq_f32(a.v, a.v);
+    return vshrn_n_u32(vbslq_u32(number, rounded, vorrq_u32(x, vdupq_n_u32(0x400000))), 16);
+}
+
+BNB_INLINE F32 load(const float* p) { return {vld1q_f32(p)}; }
+BNB_INLINE void store(float* p, F32 a) { vst1q_f32(p, a.v); }
+template <typename T> BNB_INLINE F32 load(const T* p) { return widen(p, vld1_u16(&p->bits)); }
+template <typename T> BNB_INLINE void store(T* p, F32 a) { vst1_u16(&p->bits, narrow(p, a)); }
+
+template <typename T> BNB_INLINE F32 load_first(const T* p, int n) {
+    T copy[W] = {};
+    for (int i = 0; i < n; ++i)
+        copy[i] = p[i];
+    return load(copy);
+}
+
+template <typename T> BNB_INLINE void store_first(T* p, F32 a, int n) {
+    T copy[W];
+    store(copy, a);
+    for (int i = 0; i < n; ++i)
+        p[i] = copy[i];
+}
+
+BNB_INLINE F32 add(F32 a, F32 b) { return {vaddq_f32(a.v, b.v)}; }
+BNB_INLINE F32 sub(F32 a, F32 b) { return {vsubq_f32(a.v, b.v)}; }
+BNB_INLINE F32 mul(F32 a, F32 b) { return {vmulq_f32(a.v, b.v)}; }
+BNB_INLINE F32 min(F32 a, F32 b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+BNB_INLINE F32 max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+BNB_INLINE float reduce_add(F32 a) { return vaddvq_f32(a.v); }
+
+BNB_INLINE I32 bits(F32 a) { return {vreinterpretq_u32_f32(a.v)}; }
+BNB_INLINE F32 from_bits(I32 a) { return {vreinterpretq_f32_u32(a.v)}; }
+BNB_INLINE I32 add_bits(I32 a, I32 b) { return {vaddq_u32(a.v, b.v)}; }
+BNB_INLINE I32 and_bits(I32 a, I32 b) { return {vandq_u32(a.v, b.v)}; }
+BNB_INLINE I32 or_bits(I32 a, I32 b) { return {vorrq_u32(a.v, b.v)}; }
+BNB_INLINE I32 xor_bits(I32 a, I32 b) { return {veorq_u32(a.v, b.v)}; }
+template <int n> BNB_INLINE I32 shift_left(I32 a) { return {vshlq_n_u32(a.v, n)}; }
+template <int n> BNB_INLINE I32 shift_right(I32 a) { return {vshrq_n_u32(a.v, n)}; }
+template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { return {vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a.v), n))}; }
+BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7fffffffu)); }
+BNB_INLINE I32 max_bits(I32 a, I32 b) { return {vmaxq_u32(a.v, b.v)}; }
+BNB_INLINE uint32_t reduce_max_bits(I32 a) { return vmaxvq_u32(a.v); }
+
+BNB_INLINE Mask less(F32 a, F32 b) { return {vcltq_f32(a.v, b.v)}; }
+
+// A true lane is -1.
+BNB_INLINE I32 twice_plus(I32 a, Mask m) { return {vsubq_u32(vaddq_u32(a.v, a.v), m.v)}; }
+
+BNB_INLINE Table8 load_table8(const float* p) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
+    return {{{vld1q_u8(bytes), vld1q_u8(bytes + 16)}}};
+}
+
+BNB_INLINE Table16 load_table16(const float* p) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
+    return {{{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}}};
+}
+
+// Lane index i becomes the four byte indices 4 i .. 4 i + 3.
+BNB_INLINE uint8x16_t byte_indices(uint32x4_t index) {
+    return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100u), index, vdupq_n_u32(0x04040404u)));
+}
+
+BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {vreinterpretq_f32_u8(vqtbl2q_u8(table.v, byte_indices(index.v)))}; }
+BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {vreinterpretq_f32_u8(vqtbl4q_u8(table.v, byte_indices(index.v)))}; }
+
+BNB_INLINE I32 gather(const uint32_t* p, I32 index) {
+    const int32x4_t i = vreinterpretq_s32_u32(index.v);
+    const uint32_t lanes[W] = {p[vgetq_lane_s32(i, 0)], p[vgetq_lane_s32(i, 1)], p[vgetq_lane_s32(i, 2)], p[vgetq_lane_s32(i, 3)]};
+    return {vld1q_u32(lanes)};
+}
+
+BNB_INLINE F32 gather(const float* p, I32 index) {
+    const int32x4_t i = vreinterpretq_s32_u32(index.v);
+    const float lanes[W] = {p[vgetq_lane_s32(i, 0)], p[vgetq_lane_s32(i, 1)], p[vgetq_lane_s32(i, 2)], p[vgetq_lane_s32(i, 3)]};
+    return {vld1q_f32(lanes)};
+}
+
+BNB_INLINE I32 load_bytes(const uint8_t* p) {
+    const uint32_t lanes[W] = {p[0], p[1], p[2], p[3]};
+    return {vld1q_u32(lanes)};
+}
+
+BNB_INLINE void store_bytes(uint8_t* p, I32 a) {
+    const uint16x4_t words = vmovn_u32(a.v);
+    const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
+    memcpy(p, &four, sizeof four);
+}
+
+// Unlike elsewhere the bits above the fourth are clear: a byte index beyond the table would read as zero.
+BNB_INLINE I32 load_nibbles(const uint8_t* p) {
+    const uint32_t lanes[W] = {uint32_t(p[0]) >> 4, p[0] & 15u, uint32_t(p[1]) >> 4, p[1] & 15u};
+    return {vld1q_u32(lanes)};
+}
+
+BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
+    const uint16x8_t words = vcombine_u16(vmovn_u32(a.v), vmovn_u32(b.v));
+    const uint16x8_t even = vuzp1q_u16(words, words), odd = vuzp2q_u16(words, words);
+    const uint8x8_t bytes = vmovn_u16(vorrq_u16(vshlq_n_u16(even, 4), odd));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
+    memcpy(p, &four, sizeof four);
+}
+
+} // namespace BNB_ISA
+} // namespace bnb

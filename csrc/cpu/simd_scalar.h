@@ -1,0 +1,115 @@
+// Plain C++: the set that runs everywhere. Arrays of eight leave the compiler free to use whatever the baseline has.
+#pragma once
+
+namespace bnb {
+namespace BNB_ISA {
+
+constexpr int W = 8;
+
+struct F32 {
+    float v[W];
+};
+
+struct I32 {
+    uint32_t v[W];
+};
+
+struct Mask {
+    bool v[W];
+};
+
+struct Table8 {
+    float v[8];
+};
+
+struct Table16 {
+    float v[16];
+};
+
+#define BNB_EACH(Result, expression)                                                                                                                 \
+    Result r;                                                                                                                                        \
+    for (int i = 0; i < W; ++i)                                                                                                                      \
+        r.v[i] = expression;                                                                                                                         \
+    return r
+
+BNB_INLINE F32 splat(float x) { BNB_EACH(F32, x); }
+BNB_INLINE I32 splat_bits(uint32_t x) { BNB_EACH(I32, x); }
+
+template <typename T> BNB_INLINE F32 load(const T* p) { BNB_EACH(F32, to_float(p[i])); }
+template <typename T> BNB_INLINE F32 load_first(const T* p, int n) { BNB_EACH(F32, i < n ? to_float(p[i]) : 0.0f); }
+
+template <typename T> BNB_INLINE void store_first(T* p, F32 a, int n) {
+    for (int i = 0; i < n; ++i)
+        p[i] = from_float<T>(a.v[i]);
+}
+
+template <typename T> BNB_INLINE void store(T* p, F32 a) { store_first(p, a, W); }
+
+BNB_INLINE F32 add(F32 a, F32 b) { BNB_EACH(F32, a.v[i] + b.v[i]); }
+BNB_INLINE F32 sub(F32 a, F32 b) { BNB_EACH(F32, a.v[i] - b.v[i]); }
+BNB_INLINE F32 mul(F32 a, F32 b) { BNB_EACH(F32, a.v[i] * b.v[i]); }
+BNB_INLINE F32 min(F32 a, F32 b) { BNB_EACH(F32, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+BNB_INLINE F32 max(F32 a, F32 b) { BNB_EACH(F32, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { BNB_EACH(F32, a.v[i] * b.v[i] + c.v[i]); }
+
+BNB_INLINE float reduce_add(F32 a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
+
+BNB_INLINE I32 bits(F32 a) { BNB_EACH(I32, float_bits(a.v[i])); }
+BNB_INLINE F32 from_bits(I32 a) { BNB_EACH(F32, float_from_bits(a.v[i])); }
+BNB_INLINE I32 magnitude_bits(F32 a) { BNB_EACH(I32, float_bits(a.v[i]) & 0x7fffffffu); }
+BNB_INLINE I32 add_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] + b.v[i]); }
+BNB_INLINE I32 and_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] & b.v[i]); }
+BNB_INLINE I32 or_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] | b.v[i]); }
+BNB_INLINE I32 xor_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] ^ b.v[i]); }
+template <int n> BNB_INLINE I32 shift_left(I32 a) { BNB_EACH(I32, a.v[i] << n); }
+template <int n> BNB_INLINE I32 shift_right(I32 a) { BNB_EACH(I32, a.v[i] >> n); }
+template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { BNB_EACH(I32, uint32_t(int32_t(a.v[i]) >> n)); }
+BNB_INLINE I32 max_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+
+BNB_INLINE uint32_t reduce_max_bits(I32 a) {
+    uint32_t largest = 0;
+    for (int i = 0; i < W; ++i)
+        largest = a.v[i] > largest ? a.v[i] : largest;
+    return largest;
+}
+
+BNB_INLINE Mask less(F32 a, F32 b) { BNB_EACH(Mask, a.v[i] < b.v[i]); }
+BNB_INLINE I32 twice_plus(I32 a, Mask m) { BNB_EACH(I32, 2 * a.v[i] + m.v[i]); }
+
+BNB_INLINE Table8 load_table8(const float* p) {
+    Table8 table;
+    memcpy(table.v, p, sizeof table.v);
+    return table;
+}
+
+BNB_INLINE Table16 load_table16(const float* p) {
+    Table16 table;
+    memcpy(table.v, p, sizeof table.v);
+    return table;
+}
+
+BNB_INLINE F32 lookup8(const Table8& table, I32 index) { BNB_EACH(F32, table.v[index.v[i] & 7]); }
+BNB_INLINE F32 lookup16(const Table16& table, I32 index) { BNB_EACH(F32, table.v[index.v[i] & 15]); }
+
+BNB_INLINE F32 gather(const float* p, I32 index) { BNB_EACH(F32, p[int32_t(index.v[i])]); }
+BNB_INLINE I32 gather(const uint32_t* p, I32 index) { BNB_EACH(I32, p[int32_t(index.v[i])]); }
+BNB_INLINE I32 load_bytes(const uint8_t* p) { BNB_EACH(I32, p[i]); }
+
+BNB_INLINE void store_bytes(uint8_t* p, I32 a) {
+    for (int i = 0; i < W; ++i)
+        p[i] = uint8_t(a.v[i]);
+}
+
+BNB_INLINE I32 load_nibbles(const uint8_t* p) { BNB_EACH(I32, (i & 1) ? p[i / 2] & 15u : p[i / 2] >> 4); }
+
+BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
+    for (int i = 0; i < W / 2; ++i) {
+        p[i] = uint8_t(a.v[2 * i] << 4 | a.v[2 * i + 1]);
+        p[W / 2 + i] = uint8_t(b.v[2 * i] << 4 | b.v[2 * i + 1]);
+    }
+}
+
+#undef BNB_EACH
+
+} // namespace BNB_ISA
+} // namespace bnb
