@@ -1,0 +1,39 @@
+"""k-bit quantisation for PyTorch: 4-bit and 8-bit numbers, the layers that compute with them, and where they come from.
+
+Importing registers the operators ``torch.ops.bitsandbytes.*`` and the kernels that this machine can run. It never fails for want of a native
+library, opens no connection and initialises no device.
+"""
+
+import importlib.metadata
+
+from . import _ops, cextension, consts, cuda_specs, utils  # noqa: F401  (operators first, then the library, then kernels)
+from .backends.cpu import ops as cpu_ops  # noqa: F401
+from .backends.default import ops as default_ops  # noqa: F401
+from . import functional, nn  # noqa: F401  # isort: skip
+from .autograd._functions import matmul_4bit  # noqa: F401
+from .nn import modules  # noqa: F401
+
+__version__ = "0.51.0.dev0"
+
+# Probed by transformers, accelerate and diffusers.
+features = {"multi_backend"}
+supported_torch_devices = {"cpu", "cuda", "xpu", "hpu", "npu", "mps"}
+
+
+def _import_backends() -> None:
+    """Loads the backends that other packages offer under the entry point group ``bitsandbytes.backends`` and lets them register.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    for entry_point in importlib.metadata.entry_points(group="bitsandbytes.backends"):
+        try:
+            entry_point.load()()
+        except Exception as error:
+            raise RuntimeError(f"bitsandbytes failed to load backend {entry_point.name!r}: {error}") from error
+
+
+_import_backends()
+
+# Names that documentation generators leave out.
+__pdoc__ = {"libbitsandbytes": False, "optim.optimizer.Optimizer8bit": False, "optim.optimizer.MockArgs": False}

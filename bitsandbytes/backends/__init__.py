@@ -1,0 +1,1 @@
+"""Implementations of the operators declared in ``bitsandbytes._ops``, one folder a device."""

@@ -1,0 +1,157 @@
+"""The operators on the CPU, by the native library. Operators without a native kernel here run on the reference.
+
+Each function hands plain pointers and sizes to one C function; ``_ops`` has checked that they fit together. Tensors are made contiguous first
+(most are). The number of threads is torch's, also on autograd's threads, where the OpenMP default would be another.
+"""
+
+import ctypes as ct
+from math import prod
+
+import torch
+
+from ... import codebooks
+from ..._ops import blocks, implement, packed_length
+from ...cextension import BNBNativeLibrary, ErrorHandlerMockBNBNativeLibrary, check_status, lib
+from ...packing import from_cpu_layout, is_cpu_layout
+from ..default import ops as reference
+
+_P, _I, _L = ct.c_void_p, ct.c_int32, ct.c_int64
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_QUANT_TYPES = {"fp4": 1, "nf4": 2}
+
+
+def _bind(name: str, *argtypes):
+    function = getattr(lib, name)
+    function.argtypes, function.restype = argtypes, ct.c_int32
+    return function
+
+
+# Without a native library the functions below still exist, unregistered, and the reference serves the CPU.
+_available = isinstance(lib, BNBNativeLibrary) and not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+
+
+def _kernel(name: str):
+    return implement(name, "cpu") if _available else lambda function: function
+
+
+_quantize_4bit = _bind("bnb_cpu_quantize_4bit", _P, _I, _L, _L, _I, _P, _P, _I)
+_dequantize_4bit = _bind("bnb_cpu_dequantize_4bit", _P, _P, _L, _L, _I, _I, _P, _I)
+_quantize_blockwise = _bind("bnb_cpu_quantize_blockwise", _P, _P, _I, _L, _L, _P, _P, _I)
+_dequantize_blockwise = _bind("bnb_cpu_dequantize_blockwise", _P, _P, _P, _L, _L, _I, _P, _I)
+_gemm_4bit = _bind("bnb_cpu_gemm_4bit", *[_P] * 8, *[_L] * 4, _I, _I, _I)
+
+
+@_kernel("quantize_4bit")
+def quantize_4bit(A, blocksize, quant_type, quant_storage):
+    A = A.contiguous()
+    n = A.numel()
+    absmax = A.new_empty(blocks(n, blocksize), dtype=torch.float32)
+    packed = A.new_empty((packed_length(n, quant_storage), 1), dtype=quant_storage)
+    _fill_up(packed, n, quant_type)
+    status = _quantize_4bit(
+        A.data_ptr(), _DTYPES[A.dtype], n, blocksize, _QUANT_TYPES[quant_type], absmax.data_ptr(), packed.data_ptr(), torch.get_num_threads()
+    )
+    check_status(status, "quantize_4bit")
+    return packed, absmax
+
+
+def _dequantize_4bit_into(out, A, absmax, blocksize, quant_type):
+    A, absmax = A.contiguous(), absmax.contiguous()
+    status = _dequantize_4bit(
+        A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, _QUANT_TYPES[quant_type], _DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+    )
+    check_status(status, "dequantize_4bit")
+    return out
+
+
+@_kernel("dequantize_4bit")
+def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
+    return _dequantize_4bit_into(A.new_empty(shape, dtype=dtype), A, absmax, blocksize, quant_type)
+
+
+@_kernel("dequantize_4bit.out")
+def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
+    _written(out, lambda buffer: _dequantize_4bit_into(buffer, A, absmax, blocksize, quant_type))
+
+
+@_kernel("quantize_blockwise")
+def quantize_blockwise(A, code, blocksize):
+    A, code = A.contiguous(), code.contiguous()
+    n = A.numel()
+    absmax = A.new_empty(blocks(n, blocksize), dtype=torch.float32)
+    codes = A.new_empty(A.shape, dtype=torch.uint8)
+    status = _quantize_blockwise(
+        code.data_ptr(), A.data_ptr(), _DTYPES[A.dtype], n, blocksize, absmax.data_ptr(), codes.data_ptr(), torch.get_num_threads()
+    )
+    check_status(status, "quantize_blockwise")
+    return codes, absmax
+
+
+def _dequantize_blockwise_into(out, A, absmax, code, blocksize):
+    A, absmax, code = A.contiguous(), absmax.contiguous(), code.contiguous()
+    status = _dequantize_blockwise(
+        code.data_ptr(), A.data_ptr(), absmax.data_ptr(), A.numel(), blocksize, _DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+    )
+    check_status(status, "dequantize_blockwise")
+    return out
+
+
+@_kernel("dequantize_blockwise")
+def dequantize_blockwise(A, absmax, code, blocksize, dtype):
+    return _dequantize_blockwise_into(A.new_empty(A.shape, dtype=dtype), A, absmax, code, blocksize)
+
+
+@_kernel("dequantize_blockwise.out")
+def dequantize_blockwise_out(A, absmax, code, blocksize, dtype, out):
+    _written(out, lambda buffer: _dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
+
+
+@_kernel("gemm_4bit")
+def gemm_4bit(
+    A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
+):  # fmt: skip
+    N, K = shapeB
+    A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
+    nested = (None, None, None)
+    if absmax_8bit is not None:
+        # Kept in a variable: the pointers are only good as long as the tensors live.
+        statistics = absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float()
+        nested = tuple(t.data_ptr() for t in statistics)
+    if bias is not None:
+        bias = bias.contiguous()
+    out = A.new_empty((*A.shape[:-1], N))
+    status = _gemm_4bit(
+        A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, None if bias is None else bias.data_ptr(), out.data_ptr(),
+        prod(A.shape[:-1]), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        check_status(status, "gemm_4bit")
+    return out
+
+
+@_kernel("gemv_4bit")
+def gemv_4bit(A, B, shapeB, absmax, code, blocksize):
+    quant_type = codebooks.identify_4bit(code)
+    if quant_type is None:
+        return reference.gemv_4bit(A, B, shapeB, absmax, code, blocksize)
+    if is_cpu_layout(absmax):
+        B, absmax = from_cpu_layout(B, absmax.view(-1, shapeB[0]), shapeB)
+    return gemm_4bit(A, B, shapeB, absmax, blocksize, quant_type)
+
+
+def _fill_up(packed: torch.Tensor, count: int, quant_type: str) -> None:
+    """Gives the bytes of the last storage element that hold no codes their value: zero codes."""
+    used = (count + 1) // 2
+    if used < packed.numel() * packed.element_size():
+        zero = codebooks.ZERO_CODE[quant_type]
+        packed.view(-1).view(torch.uint8)[used:] = zero << 4 | zero
+
+
+def _written(out: torch.Tensor, write) -> None:
+    """Lets ``write`` fill ``out``, by way of a contiguous buffer if ``out`` is not contiguous itself."""
+    if out.is_contiguous():
+        write(out)
+    else:
+        out.copy_(write(out.new_empty(out.shape)))
+
