@@ -4,8 +4,8 @@ Users reach them as ``torch.ops.bitsandbytes.<name>``. A declaration has three p
 
 * the schema;
 * the *check*, which sees the arguments of every call, fake or real, before any backend does. What passes it is safe to hand to native code:
-  sizes, dtypes, devices and buffer lengths fit together. It raises RuntimeError (through ``torch._check``, so that it also works on the
-  symbolic sizes of torch.compile) and says what was wrong and what is needed;
+  sizes, dtypes, devices and buffer lengths fit together. It raises RuntimeError and says what was wrong and what is needed. Plain
+  comparisons: layers are called often, and on the symbolic sizes of torch.compile they become guards;
 * the *fake kernel*, which makes empty results of the right shape for tracing. Operators with one result only name its shape and dtype.
 
 Backends only implement: ``@implement("quantize_4bit", "cpu")`` above a function with the operator's arguments. Nothing here computes.
@@ -13,6 +13,7 @@ Backends only implement: ``@implement("quantize_4bit", "cpu")`` above a function
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import NoReturn
 
 import torch
 
@@ -77,9 +78,11 @@ def _check_of_out_form(name: str, check: Callable, result: Callable) -> Callable
             *args, out = args
         check(A, *args, **kwargs)
         shape, dtype = result(A, *args, **kwargs)
-        _require(tuple(out.shape) == tuple(shape), lambda: f"{name}: out must have shape {tuple(shape)}, got {tuple(out.shape)}")
-        _require(out.dtype == dtype, lambda: f"{name}: out must be {dtype}, got {out.dtype}")
-        _same_device(name, A=A, out=out)
+        if tuple(out.shape) != tuple(shape):
+            _fail(f"{name}: out must have shape {tuple(shape)}, got {tuple(out.shape)}")
+        if out.dtype != dtype:
+            _fail(f"{name}: out must be {dtype}, got {out.dtype}")
+        _same_device(name, A, out)
 
     return check_out_form
 
@@ -150,47 +153,47 @@ def _all_plain(*args) -> bool:
 # ----------------------------------------------------------------------------------------------------------- the rules of checks
 
 
-def _require(condition, message: Callable[[], str]) -> None:
-    """``torch._check`` for symbolic conditions, at the price of an identity test for plain ones."""
-    if condition is not True:
-        torch._check(condition, message)
+def _fail(message: str) -> NoReturn:
+    raise RuntimeError(message)
 
 
-def _same_device(op: str, **tensors) -> None:
-    first = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if first is None:
-            first, device = name, tensor.device
-        elif tensor.device != device:
-            _require(False, lambda: f"{op}: {name} is on {tensor.device}, {first} is on {device}; move them to one device")
+def _same_device(op: str, first, *others) -> None:
+    device = first.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            _fail(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
 
 
 def _require_dtype(op: str, name: str, tensor, allowed: Sequence[torch.dtype]) -> None:
-    _require(tensor.dtype in allowed, lambda: f"{op}: {name} must be {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+    if tensor.dtype not in allowed:
+        _fail(f"{op}: {name} must be {' or '.join(map(str, allowed))}, got {tensor.dtype}")
 
 
 def _require_float(op: str, name: str, dtype: torch.dtype) -> None:
-    _require(dtype in FLOATS, lambda: f"{op}: {name} must be float16, bfloat16 or float32, got {dtype}")
+    if dtype not in FLOATS:
+        _fail(f"{op}: {name} must be float16, bfloat16 or float32, got {dtype}")
 
 
-def _require_at_least(op: str, name: str, tensor, needed, why: str) -> None:
-    _require(tensor.numel() >= needed, lambda: f"{op}: {name} holds {tensor.numel()} elements, {needed} are needed ({why})")
+def _require_at_least(op: str, name: str, tensor, needed) -> None:
+    if tensor.numel() < needed:
+        _fail(f"{op}: {name} holds {tensor.numel()} elements, {needed} are needed")
 
 
 def _require_size(op: str, name: str, tensor, size) -> None:
-    _require(tensor.numel() == size, lambda: f"{op}: {name} must have {size} elements, got {tensor.numel()}")
+    if tensor.numel() != size:
+        _fail(f"{op}: {name} must have {size} elements, got {tensor.numel()}")
 
 
 def _require_positive_blocksize(op: str, blocksize: int) -> None:
-    _require(blocksize > 0, lambda: f"{op}: blocksize must be positive, got {blocksize}")
+    if blocksize <= 0:
+        _fail(f"{op}: blocksize must be positive, got {blocksize}")
 
 
 def _require_4bit_format(op: str, blocksize: int, quant_type: str | None = None) -> None:
-    _require(blocksize in BLOCKSIZES_4BIT, lambda: f"{op}: blocksize must be one of {BLOCKSIZES_4BIT}, got {blocksize}")
-    if quant_type is not None:
-        _require(quant_type in QUANT_TYPES_4BIT, lambda: f"{op}: quant_type must be 'fp4' or 'nf4', got {quant_type!r}")
+    if blocksize not in BLOCKSIZES_4BIT:
+        _fail(f"{op}: blocksize must be one of {BLOCKSIZES_4BIT}, got {blocksize}")
+    if quant_type is not None and quant_type not in QUANT_TYPES_4BIT:
+        _fail(f"{op}: quant_type must be 'fp4' or 'nf4', got {quant_type!r}")
 
 
 def _require_code(op: str, code, size: int = CODE_SIZE) -> None:
@@ -200,18 +203,23 @@ def _require_code(op: str, code, size: int = CODE_SIZE) -> None:
 
 def _require_packed(op: str, name: str, packed, count) -> None:
     """A buffer of any storage dtype that must hold ``count`` 4-bit codes."""
-    _require(packed.dtype in STORAGE_DTYPES, lambda: f"{op}: {name} must be uint8, float16, bfloat16 or float32 storage, got {packed.dtype}")
-    capacity = packed.numel() * packed.element_size() * 2
-    _require(capacity >= count, lambda: f"{op}: {name} holds {capacity} 4-bit codes, {count} are needed")
+    if packed.dtype not in STORAGE_DTYPES:
+        _fail(f"{op}: {name} must be uint8, float16, bfloat16 or float32 storage, got {packed.dtype}")
+    capacity = packed.nbytes * 2
+    if capacity < count:
+        _fail(f"{op}: {name} holds {capacity} 4-bit codes, {count} are needed")
 
 
 def _require_absmax(op: str, absmax, count, blocksize: int) -> None:
-    _require_dtype(op, "absmax", absmax, (torch.float32,))
-    _require_at_least(op, "absmax", absmax, blocks(count, blocksize), f"{count} values in blocks of {blocksize}")
+    if absmax.dtype != torch.float32:
+        _fail(f"{op}: absmax must be float32, got {absmax.dtype}")
+    if absmax.numel() < blocks(count, blocksize):
+        _fail(f"{op}: absmax holds {absmax.numel()} elements, {count} values in blocks of {blocksize} need {blocks(count, blocksize)}")
 
 
 def _require_shape(op: str, shape) -> None:
-    _require(all(size >= 0 for size in shape), lambda: f"{op}: sizes must not be negative, got shape {tuple(shape)}")
+    if any(size < 0 for size in shape):
+        _fail(f"{op}: sizes must not be negative, got shape {tuple(shape)}")
 
 
 def blocks(count, blocksize: int):
@@ -230,7 +238,8 @@ def packed_length(count, storage: torch.dtype):
 def _check_quantize_4bit(A, blocksize, quant_type, quant_storage):
     _require_4bit_format("quantize_4bit", blocksize, quant_type)
     _require_float("quantize_4bit", "A", A.dtype)
-    _require(quant_storage in STORAGE_DTYPES, lambda: f"quantize_4bit: quant_storage must be one of {STORAGE_DTYPES}, got {quant_storage}")
+    if quant_storage not in STORAGE_DTYPES:
+        _fail(f"quantize_4bit: quant_storage must be one of {STORAGE_DTYPES}, got {quant_storage}")
 
 
 def _fake_quantize_4bit(A, blocksize, quant_type, quant_storage):
@@ -255,7 +264,7 @@ def _check_dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
     count = prod(shape)
     _require_packed(op, "A", A, count)
     _require_absmax(op, absmax, count, blocksize)
-    _same_device(op, A=A, absmax=absmax)
+    _same_device(op, A, absmax)
 
 
 _declare(
@@ -270,12 +279,15 @@ _declare(
 
 
 def _check_product_shapes(op, A, B, shapeB):
-    _require(len(shapeB) == 2, lambda: f"{op}: shapeB must be (out_features, in_features), got {tuple(shapeB)}")
+    if len(shapeB) != 2:
+        _fail(f"{op}: shapeB must be (out_features, in_features), got {tuple(shapeB)}")
     _require_shape(op, shapeB)
     _require_float(op, "A", A.dtype)
-    _require(A.dim() >= 1, lambda: f"{op}: A must have at least one dimension")
+    if A.dim() < 1:
+        _fail(f"{op}: A must have at least one dimension")
     N, K = shapeB
-    _require(A.shape[-1] == K, lambda: f"{op}: A has {A.shape[-1]} features in its last dimension, the weight expects {K}")
+    if A.shape[-1] != K:
+        _fail(f"{op}: A has {A.shape[-1]} features in its last dimension, the weight expects {K}")
     _require_packed(op, "B", B, N * K)
 
 
@@ -288,21 +300,22 @@ def _check_gemm_4bit(
     N, K = shapeB
     if absmax_8bit is None:
         _require_absmax(op, absmax, N * K, blocksize)
-        _same_device(op, A=A, B=B, absmax=absmax, bias=bias)
+        _same_device(op, A, B, absmax, bias)
     else:
         _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, blocks(N * K, blocksize))
-        _same_device(op, A=A, B=B, absmax=absmax, bias=bias, absmax_8bit=absmax_8bit, absmax_code=absmax_code, absmax_offset=absmax_offset)
+        _same_device(op, A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
     if bias is not None:
-        _require(bias.dim() == 1 and bias.shape[0] == N, lambda: f"{op}: bias must have shape ({N},), got {tuple(bias.shape)}")
-        _require(bias.dtype == A.dtype, lambda: f"{op}: bias must have the dtype of A, {A.dtype}, got {bias.dtype}")
+        if bias.dim() != 1 or bias.shape[0] != N:
+            _fail(f"{op}: bias must have shape ({N},), got {tuple(bias.shape)}")
+        if bias.dtype != A.dtype:
+            _fail(f"{op}: bias must have the dtype of A, {A.dtype}, got {bias.dtype}")
 
 
 def _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, count):
-    _require(
-        absmax_code is not None and absmax_offset is not None, lambda: f"{op}: absmax_8bit needs absmax_code and absmax_offset beside it"
-    )
+    if absmax_code is None or absmax_offset is None:
+        _fail(f"{op}: absmax_8bit needs absmax_code and absmax_offset beside it")
     _require_dtype(op, "absmax_8bit", absmax_8bit, (torch.uint8,))
-    _require_at_least(op, "absmax_8bit", absmax_8bit, count, "one code a block")
+    _require_at_least(op, "absmax_8bit", absmax_8bit, count)
     _require_absmax(op, absmax, count, NESTED_BLOCKSIZE)
     _require_code(op, absmax_code)
     _require_size(op, "absmax_offset", absmax_offset, 1)
@@ -329,7 +342,7 @@ def _check_gemv_4bit(A, B, shapeB, absmax, code, blocksize):
     else:
         _require_absmax(op, absmax, shapeB[0] * shapeB[1], blocksize)
     _require_code(op, code, 16)
-    _same_device(op, A=A, B=B, absmax=absmax, code=code)
+    _same_device(op, A, B, absmax, code)
 
 
 _declare(
@@ -348,7 +361,7 @@ def _check_quantize_blockwise(A, code, blocksize):
     _require_positive_blocksize(op, blocksize)
     _require_float(op, "A", A.dtype)
     _require_code(op, code)
-    _same_device(op, A=A, code=code)
+    _same_device(op, A, code)
 
 
 _declare(
@@ -368,7 +381,7 @@ def _check_dequantize_blockwise(A, absmax, code, blocksize, dtype):
     _require_float(op, "dtype", dtype)
     _require_absmax(op, absmax, A.numel(), blocksize)
     _require_code(op, code)
-    _same_device(op, A=A, absmax=absmax, code=code)
+    _same_device(op, A, absmax, code)
 
 
 _declare(
@@ -400,8 +413,10 @@ def _require_stats(op: str, name: str, stats, count) -> None:
 def _check_int8_vectorwise_quant(A, threshold=0.0):
     op = "int8_vectorwise_quant"
     _require_float(op, "A", A.dtype)
-    _require(A.dim() >= 1, lambda: f"{op}: A must have at least one dimension")
-    _require(threshold >= 0.0, lambda: f"{op}: threshold must not be negative, got {threshold}")
+    if A.dim() < 1:
+        _fail(f"{op}: A must have at least one dimension")
+    if threshold < 0.0:
+        _fail(f"{op}: threshold must not be negative, got {threshold}")
 
 
 def _outlier_columns(A):
@@ -440,9 +455,10 @@ _declare(
 def _check_int8_vectorwise_dequant(A, stats):
     op = "int8_vectorwise_dequant"
     _require_int8(op, A=A)
-    _require(A.dim() >= 1, lambda: f"{op}: A must have at least one dimension")
+    if A.dim() < 1:
+        _fail(f"{op}: A must have at least one dimension")
     _require_stats(op, "stats", stats, _rows(A))
-    _same_device(op, A=A, stats=stats)
+    _same_device(op, A, stats)
 
 
 _declare(
@@ -454,9 +470,11 @@ _declare(
 
 def _check_int8_linear_matmul(A, B, op="int8_linear_matmul"):
     _require_int8(op, A=A, B=B)
-    _require(A.dim() >= 1 and B.dim() == 2, lambda: f"{op}: A needs at least 1 and B exactly 2 dimensions, got {A.dim()} and {B.dim()}")
-    _require(A.shape[-1] == B.shape[-1], lambda: f"{op}: inner dimensions differ, A {tuple(A.shape)} and B {tuple(B.shape)}")
-    _same_device(op, A=A, B=B)
+    if A.dim() < 1 or B.dim() != 2:
+        _fail(f"{op}: A needs at least 1 and B exactly 2 dimensions, got {A.dim()} and {B.dim()}")
+    if A.shape[-1] != B.shape[-1]:
+        _fail(f"{op}: inner dimensions differ, A {tuple(A.shape)} and B {tuple(B.shape)}")
+    _same_device(op, A, B)
 
 
 _declare(
@@ -469,20 +487,22 @@ _declare(
 
 def _require_bias(op: str, bias, columns, device_of) -> None:
     if bias is not None:
-        _require(bias.dim() == 1 and bias.shape[0] == columns, lambda: f"{op}: bias must have shape ({columns},), got {tuple(bias.shape)}")
+        if bias.dim() != 1 or bias.shape[0] != columns:
+            _fail(f"{op}: bias must have shape ({columns},), got {tuple(bias.shape)}")
         _require_float(op, "bias", bias.dtype)
-        _same_device(op, A=device_of, bias=bias)
+        _same_device(op, device_of, bias)
 
 
 def _check_int8_mm_dequant(A, row_stats, col_stats, dtype=None, bias=None):
     op = "int8_mm_dequant"
     _require_dtype(op, "A", A, (torch.int32,))
-    _require(A.dim() >= 1, lambda: f"{op}: A must have at least one dimension")
+    if A.dim() < 1:
+        _fail(f"{op}: A must have at least one dimension")
     _require_float(op, "dtype", dtype or torch.float16)
     _require_stats(op, "row_stats", row_stats, _rows(A))
     _require_stats(op, "col_stats", col_stats, A.shape[-1])
     _require_bias(op, bias, A.shape[-1], A)
-    _same_device(op, A=A, row_stats=row_stats, col_stats=col_stats)
+    _same_device(op, A, row_stats, col_stats)
 
 
 _declare(
@@ -499,7 +519,7 @@ def _check_int8_scaled_mm(A, B, row_stats, col_stats, bias=None, dtype=None):
     _require_stats(op, "row_stats", row_stats, _rows(A))
     _require_stats(op, "col_stats", col_stats, B.shape[0])
     _require_bias(op, bias, B.shape[0], A)
-    _same_device(op, A=A, row_stats=row_stats, col_stats=col_stats)
+    _same_device(op, A, row_stats, col_stats)
 
 
 _declare(
@@ -513,11 +533,13 @@ def _check_int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=Non
     op = "int8_mixed_scaled_mm"
     _require_float(op, "A", A.dtype)
     _check_int8_scaled_mm(CA, CB, SCA, SCB, bias, A.dtype)
-    _require(tuple(A.shape) == tuple(CA.shape), lambda: f"{op}: A {tuple(A.shape)} and its codes CA {tuple(CA.shape)} must have one shape")
+    if tuple(A.shape) != tuple(CA.shape):
+        _fail(f"{op}: A {tuple(A.shape)} and its codes CA {tuple(CA.shape)} must have one shape")
     if outlier_cols is not None:
         _require_dtype(op, "outlier_cols", outlier_cols, (torch.int64, torch.int32))
-        _require(outlier_cols.dim() == 1, lambda: f"{op}: outlier_cols must be one-dimensional, got {tuple(outlier_cols.shape)}")
-    _same_device(op, A=A, CA=CA, outlier_cols=outlier_cols)
+        if outlier_cols.dim() != 1:
+            _fail(f"{op}: outlier_cols must be one-dimensional, got {tuple(outlier_cols.shape)}")
+    _same_device(op, A, CA, outlier_cols)
 
 
 def _fake_int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):
@@ -540,15 +562,17 @@ def _check_optimizer(op, name, g, p, states, state_dtype):
     if name not in OPTIMIZER_STATES:
         raise ValueError(f"{op}: unknown optimizer {name!r}; choose one of {sorted(OPTIMIZER_STATES)}")
     _require_float(op, "g", g.dtype)
-    _require(g.dtype == p.dtype, lambda: f"{op}: gradient and parameter must have one dtype, got {g.dtype} and {p.dtype}")
+    if g.dtype != p.dtype:
+        _fail(f"{op}: gradient and parameter must have one dtype, got {g.dtype} and {p.dtype}")
     _require_size(op, "g", g, p.numel())
     for i, state in enumerate(states, 1):
         if i > OPTIMIZER_STATES[name]:
             continue
-        _require(state is not None, lambda: f"{op}: {name} needs state{i}")
+        if state is None:
+            _fail(f"{op}: {name} needs state{i}")
         _require_dtype(op, f"state{i}", state, (state_dtype,))
         _require_size(op, f"state{i}", state, _moments(name, i) * p.numel())
-    _same_device(op, p=p, g=g, state1=states[0], state2=states[1])
+    _same_device(op, p, g, states[0], states[1])
 
 
 def _moments(name: str, state: int) -> int:
@@ -564,9 +588,10 @@ def _check_optimizer_update_32bit(
     _check_optimizer(op, optimizer_name, g, p, (state1, state2), torch.float32)
     if unorm_vec is not None:
         _require_dtype(op, "unorm_vec", unorm_vec, (torch.float32,))
-        _require_at_least(op, "unorm_vec", unorm_vec, 1, "the norm of the update")
-        _same_device(op, p=p, unorm_vec=unorm_vec)
-    _require(max_unorm <= 0.0 or unorm_vec is not None, lambda: f"{op}: max_unorm needs unorm_vec")
+        _require_at_least(op, "unorm_vec", unorm_vec, 1)
+        _same_device(op, p, unorm_vec)
+    if max_unorm > 0.0 and unorm_vec is None:
+        _fail(f"{op}: max_unorm needs unorm_vec")
 
 
 _declare(
@@ -587,11 +612,12 @@ def _check_optimizer_update_8bit_blockwise(
     for i, (qmap, absmax) in enumerate(((qmap1, absmax1), (qmap2, absmax2)), 1):
         if i > OPTIMIZER_STATES[optimizer_name]:
             continue
-        _require(qmap is not None and absmax is not None, lambda: f"{op}: {optimizer_name} needs qmap{i} and absmax{i}")
+        if qmap is None or absmax is None:
+            _fail(f"{op}: {optimizer_name} needs qmap{i} and absmax{i}")
         _require_code(op, qmap)
         _require_dtype(op, f"absmax{i}", absmax, (torch.float32,))
         _require_size(op, f"absmax{i}", absmax, _moments(optimizer_name, i) * blocks(p.numel(), OPTIMIZER_BLOCKSIZE))
-        _same_device(op, p=p, qmap=qmap, absmax=absmax)
+        _same_device(op, p, qmap, absmax)
 
 
 _declare(
