@@ -1,0 +1,321 @@
+"""Optimizer steps in plain PyTorch, with 32-bit and with blockwise 8-bit states.
+
+An algorithm is one function: from the gradient it updates the running moments in place and returns the direction in which to go. What
+all of them share (weight decay, the limit on the update's norm, skipped zeros, precision, quantised states) stands once, around it.
+These functions define what every other backend must compute.
+
+The arithmetic is float32 whatever the dtype of the parameter, which is rounded once, at the end. A gradient element that is NaN or
+infinite spoils its own parameter element, as in torch.optim, and no other.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch.nn.functional import pad
+
+from ..._ops import OPTIMIZER_BLOCKSIZE, OPTIMIZER_STATES, implement, invoke
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The scalars of one step; the field names are those of the operator's arguments. ``step`` counts from 1."""
+
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    step: int
+    lr: float
+    gnorm_scale: float
+
+
+# ------------------------------------------------------------------------------------------------------------------- algorithms
+# (gradient, moments, settings) -> (direction, factor): the parameter moves by -lr * factor * direction.
+
+
+def _average(mean: torch.Tensor, value: torch.Tensor, beta: float) -> None:
+    """One step of an exponential moving average, in place."""
+    mean.mul_(beta).add_(value, alpha=1.0 - beta)
+
+
+def _average_of_squares(mean: torch.Tensor, value: torch.Tensor, beta: float) -> None:
+    mean.mul_(beta).addcmul_(value, value, value=1.0 - beta)
+
+
+def _bias_corrections(s: Settings) -> tuple[float, float]:
+    """What to divide the mean by, and the root of the mean of squares, to make up for both having started at zero."""
+    return 1.0 - s.beta1**s.step, (1.0 - s.beta2**s.step) ** 0.5
+
+
+def _adam(g, moments, s: Settings):
+    """Kingma and Ba 2015, with the two bias corrections in one factor: (m / c1) / (r / c2 + eps) = c2 / c1 * m / (r + c2 * eps)."""
+    mean, square = moments
+    _average(mean, g, s.beta1)
+    _average_of_squares(square, g, s.beta2)
+    c1, c2 = _bias_corrections(s)
+    return mean / square.sqrt().add_(c2 * s.eps), c2 / c1
+
+
+def _ademamix(g, moments, s: Settings):
+    """Pagliardini et al. 2024: Adam plus ``alpha`` times a second, slower mean (``beta3``) that is not bias-corrected."""
+    fast, slow, square = moments
+    _average(fast, g, s.beta1)
+    _average(slow, g, s.beta3)
+    _average_of_squares(square, g, s.beta2)
+    c1, c2 = _bias_corrections(s)
+    mean = (fast / c1).add_(slow, alpha=s.alpha)
+    return mean.div_((square.sqrt() / c2).add_(s.eps)), 1.0
+
+
+def _momentum(g, moments, s: Settings):
+    """Heavy ball. The first step takes the gradient itself."""
+    (buffer,) = moments
+    if s.step == 1:
+        buffer.copy_(g)
+    else:
+        buffer.mul_(s.beta1).add_(g)
+    return buffer, 1.0
+
+
+def _lion(g, moments, s: Settings):
+    """Chen et al. 2023: the direction mixes the gradient in with ``beta1``, the mean with ``beta2``."""
+    (mean,) = moments
+    mixed = (mean * s.beta1).add_(g, alpha=1.0 - s.beta1)
+    _average(mean, g, s.beta2)
+    return torch.where(mixed.isnan(), mixed, mixed.sign()), 1.0  # the sign of NaN is 0 for torch, which would hide it
+
+
+def _rmsprop(g, moments, s: Settings):
+    """Hinton 2012, smoothed with ``beta1``."""
+    (square,) = moments
+    _average_of_squares(square, g, s.beta1)
+    return g / square.sqrt().add_(s.eps), 1.0
+
+
+def _adagrad(g, moments, s: Settings):
+    """Duchi et al. 2011."""
+    (total,) = moments
+    total.addcmul_(g, g)
+    return g / total.sqrt().add_(s.eps), 1.0
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How to step, and where weight decay goes: off the parameter before the step (decoupled) or into the gradient (coupled)."""
+
+    direction: Callable
+    decoupled_decay: bool = False
+
+
+# LAMB is Adam and LARS is momentum, each with the update limited in proportion to the parameter's norm (max_unorm).
+ALGORITHMS = {
+    "adam": Algorithm(_adam, decoupled_decay=True),
+    "lamb": Algorithm(_adam, decoupled_decay=True),
+    "ademamix": Algorithm(_ademamix, decoupled_decay=True),
+    "lion": Algorithm(_lion, decoupled_decay=True),
+    "momentum": Algorithm(_momentum),
+    "lars": Algorithm(_momentum),
+    "rmsprop": Algorithm(_rmsprop),
+    "adagrad": Algorithm(_adagrad),
+}
+
+
+def _moments(name: str, state1, state2) -> list:
+    """The moments of an algorithm one by one, or their statistics. AdEMAMix keeps its two means in the rows of state1.
+
+    Raises:
+        ValueError: state1 has not the two rows.
+    """
+    states = [state1, state2][: OPTIMIZER_STATES[name]]
+    if name != "ademamix":
+        return states
+    if state1.dim() < 2 or state1.shape[0] != 2:
+        raise ValueError(f"ademamix keeps two means: state1 and absmax1 must have shape [2, ...], got {tuple(state1.shape)}")
+    return [*state1, *states[1:]]
+
+
+# ------------------------------------------------------------------------------------------------------------------- one step
+
+
+@dataclass(frozen=True)
+class UpdateLimit:
+    """A limit on the L2 norm of the update (without the learning rate), as a multiple of the norm of the parameter.
+
+    The norm is left in ``unorm_vec``. A parameter whose norm is 0 is not limited; it could never leave zero.
+    """
+
+    max_unorm: float
+    param_norm: float
+    unorm_vec: torch.Tensor
+
+    def apply(self, direction: torch.Tensor, factor: float) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(direction) * factor
+        self.unorm_vec.fill_(norm)
+        limit = self.max_unorm * self.param_norm
+        return direction * torch.where(norm > limit, limit / norm, 1.0) if limit > 0.0 else direction
+
+
+def _touched(g: torch.Tensor, skip_zeros: bool) -> Optional[torch.Tensor]:
+    """The elements to step, None for all of them."""
+    return g != 0.0 if skip_zeros else None
+
+
+def _step(name: str, g, p, moments, s: Settings, touched: Optional[torch.Tensor], limit: Optional[UpdateLimit] = None) -> None:
+    """Steps a parameter and its float32 moments, all of one shape, in place."""
+    algorithm = ALGORITHMS[name]
+    gradient = g.to(torch.float32) if s.gnorm_scale == 1.0 else g.to(torch.float32) * s.gnorm_scale
+    value = p.to(torch.float32, copy=True)
+    before = [] if touched is None else [moment.clone() for moment in moments]
+
+    if s.weight_decay > 0.0 and algorithm.decoupled_decay:
+        value.mul_(1.0 - s.lr * s.weight_decay)
+    elif s.weight_decay > 0.0:
+        gradient = gradient.add(value, alpha=s.weight_decay)
+    direction, factor = algorithm.direction(gradient, moments, s)
+    if touched is not None:
+        direction = torch.where(touched, direction, 0.0)
+    if limit is not None:
+        direction = limit.apply(direction, factor)
+    value.add_(direction, alpha=-s.lr * factor)
+
+    if touched is not None:
+        value = torch.where(touched, value, p)
+    p.copy_(value)
+    for moment, old in zip(moments, before):
+        moment.copy_(torch.where(touched, moment, old))
+
+
+@implement("optimizer_update_32bit", "default")
+@torch.no_grad()
+def optimizer_update_32bit(
+    optimizer_name: str,
+    g: torch.Tensor,
+    p: torch.Tensor,
+    state1: torch.Tensor,
+    state2: Optional[torch.Tensor],
+    unorm_vec: Optional[torch.Tensor],
+    max_unorm: float,
+    param_norm: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    """One step with float32 states.
+
+    Args:
+        g: gradient; multiplied by ``gnorm_scale`` first.
+        state1: like p, for AdEMAMix [2, ...]. state2: like p, for Adam, LAMB and AdEMAMix.
+        max_unorm, param_norm, unorm_vec: see UpdateLimit; no limit where ``max_unorm`` is 0.
+        skip_zeros: leave the elements alone, states and all, whose gradient is exactly 0.
+    """
+    settings = Settings(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    limit = UpdateLimit(max_unorm, param_norm, unorm_vec) if max_unorm > 0.0 else None
+    moments = [moment.view(p.shape) for moment in _moments(optimizer_name, state1, state2)]
+    gradient = g.reshape(p.shape)
+    _step(optimizer_name, gradient, p, moments, settings, _touched(gradient, skip_zeros), limit)
+
+
+# --------------------------------------------------------------------------------------------------------------- 8-bit states
+
+
+@dataclass(frozen=True)
+class QuantisedMoment:
+    """A moment as it is stored: uint8 codes in the row order of the parameter, float32 absmax of every 256 of them, and the code table."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    qmap: torch.Tensor
+
+    def read(self, shape: torch.Size) -> torch.Tensor:
+        codes, absmax = self.codes.reshape(shape).contiguous(), self.absmax.reshape(-1)
+        return invoke("dequantize_blockwise", codes, absmax, self.qmap, OPTIMIZER_BLOCKSIZE, torch.float32)
+
+    def write(self, values: torch.Tensor, touched: Optional[torch.Tensor]) -> None:
+        codes, absmax = invoke("quantize_blockwise", values.contiguous(), self.qmap, OPTIMIZER_BLOCKSIZE)
+        codes = _keep_signs(codes, values, self.qmap)
+        if touched is not None:  # quantising anew would change even a block in which nothing has changed
+            blocks = pad(touched.reshape(-1), (0, -values.numel() % OPTIMIZER_BLOCKSIZE)).view(-1, OPTIMIZER_BLOCKSIZE).any(dim=1)
+            elements = blocks.repeat_interleave(OPTIMIZER_BLOCKSIZE)[: values.numel()].view(values.shape)
+            codes = torch.where(elements, codes, self.codes.reshape(values.shape))
+            absmax = torch.where(blocks, absmax, self.absmax.reshape(-1))
+        self.codes.copy_(codes.view(self.codes.shape))
+        self.absmax.copy_(absmax.view(self.absmax.shape))
+
+
+def _keep_signs(codes: torch.Tensor, values: torch.Tensor, qmap: torch.Tensor) -> torch.Tensor:
+    """Moves a code by one where its table entry has not the sign of the value: a small negative value must not become +0.
+
+    Momentum that is lost on one side of zero only would pull the parameter to the other. Zero itself stays zero.
+    """
+    index = codes.to(torch.int32)
+    flipped = (values != 0.0) & (qmap[index].signbit() != values.signbit())
+    moved = (index + values.sign().nan_to_num_().to(torch.int32)).clamp_(0, qmap.numel() - 1)
+    return torch.where(flipped, moved.to(torch.uint8), codes)
+
+
+def _reset_spoilt(moments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Zero in every moment of an element that has one which is NaN or infinite.
+
+    Codes cannot say NaN, and an infinite absmax would spoil the other 255 elements of its block. The parameter shows what happened.
+    """
+    finite = functools.reduce(torch.logical_and, (moment.isfinite() for moment in moments))
+    return [torch.where(finite, moment, 0.0) for moment in moments]
+
+
+@implement("optimizer_update_8bit_blockwise", "default")
+@torch.no_grad()
+def optimizer_update_8bit_blockwise(
+    optimizer_name: str,
+    g: torch.Tensor,
+    p: torch.Tensor,
+    state1: torch.Tensor,
+    state2: Optional[torch.Tensor],
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: torch.Tensor,
+    qmap2: Optional[torch.Tensor],
+    absmax1: torch.Tensor,
+    absmax2: Optional[torch.Tensor],
+    weight_decay: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    """One step with 8-bit states: they are read into float32, stepped as in ``optimizer_update_32bit``, and quantised anew.
+
+    Args:
+        state1, state2: uint8 codes, of the shapes that the 32-bit states have.
+        qmap1, qmap2: float32 [256], ascending: the values of the codes.
+        absmax1, absmax2: float32, one for every 256 consecutive elements; for AdEMAMix absmax1 is [2, blocks].
+    """
+    settings = Settings(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    stored = [
+        QuantisedMoment(codes, absmax, qmap)
+        for codes, absmax, qmap in zip(
+            _moments(optimizer_name, state1, state2),
+            _moments(optimizer_name, absmax1, absmax2),
+            [qmap1, qmap1, qmap2] if optimizer_name == "ademamix" else [qmap1, qmap2],
+        )
+    ]
+    moments = [moment.read(p.shape) for moment in stored]
+    gradient = g.reshape(p.shape)
+    touched = _touched(gradient, skip_zeros)
+    _step(optimizer_name, gradient, p, moments, settings, touched)
+    for moment, values in zip(stored, _reset_spoilt(moments)):
+        moment.write(values, touched)

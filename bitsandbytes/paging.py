@@ -1,0 +1,139 @@
+"""Paged memory: buffers that the host and the GPU both reach, and that move between them when either runs short.
+
+Optimizer states live in it, so that a spike of activation memory pushes them out to the host and not the job out of memory
+(QLoRA, Dettmers et al. 2023, section 3). A paged tensor is a CPU tensor for torch, with two attributes more: ``is_paged`` is True and
+``page_deviceid`` is the index of the GPU that works on it.
+"""
+
+import ctypes as ct
+from math import prod
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .cextension import lib
+from .devices import FIRST_CUDA_DEVICE, get_ptr
+from .utils import sync_gpu
+
+_TO_HOST = -1
+
+_NATIVE_SCALARS = {torch.float32: ("fp32", ct.c_float), torch.uint8: ("uint8", ct.c_uint8)}
+
+
+class GlobalPageManager:
+    """Every paged tensor of the process.
+
+    Attributes:
+        paged_tensors: in the order in which they were made.
+    """
+
+    _instance: Optional["GlobalPageManager"] = None
+
+    def __init__(self):
+        raise RuntimeError("GlobalPageManager is shared by the whole process: call GlobalPageManager.get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> "GlobalPageManager":
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.paged_tensors = []
+        return cls._instance
+
+    def prefetch_all(self, to_cpu: bool = False) -> None:
+        """Starts moving every paged tensor to its GPU or to the host.
+
+        The newest goes first: what moves last is the least likely to be evicted again, and an optimizer starts with the oldest.
+        """
+        for tensor in reversed(self.paged_tensors):
+            prefetch_tensor(tensor, to_cpu)
+
+
+def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = FIRST_CUDA_DEVICE) -> Tensor:
+    """Allocates an uninitialised paged tensor. Its memory is never given back.
+
+    Args:
+        shape: the sizes, at least one element in all.
+        dtype: the element type.
+        device: the GPU that will work on it.
+
+    Raises:
+        ValueError: a tensor without elements was asked for.
+        RuntimeError: the native library cannot allocate managed memory, or there is none left.
+    """
+    count = prod(shape)
+    if count <= 0:
+        raise ValueError(f"a paged tensor needs at least one element, got shape {shape}")
+    nbytes = count * dtype.itemsize
+    address = lib.cget_managed_ptr(ct.c_size_t(nbytes))
+    if not address:
+        raise RuntimeError(f"could not allocate {nbytes} bytes of managed memory. Use an optimizer that is not paged, or a smaller model.")
+    memory = (ct.c_uint8 * nbytes).from_address(address)
+    tensor = torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+    tensor.is_paged = True
+    tensor.page_deviceid = device.index
+    return tensor
+
+
+def _is_paged(tensor: Optional[Tensor]) -> bool:
+    return getattr(tensor, "is_paged", False)
+
+
+def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+    """Starts moving a paged tensor to its GPU, or to the host. Does not wait.
+
+    Raises:
+        ValueError: the tensor is not paged.
+    """
+    if not _is_paged(A):
+        raise ValueError("only paged tensors can be prefetched: pass one that get_paged returned")
+    device = _TO_HOST if to_cpu else A.page_deviceid
+    lib.cprefetch(get_ptr(A), ct.c_size_t(A.nbytes), ct.c_int32(device))
+
+
+def elementwise_func(func_name: str, A: Tensor, B: Optional[Tensor], value: float, prefetch: bool = True) -> None:
+    """Runs a native elementwise function in place on a paged tensor and waits for it.
+
+    Args:
+        func_name: the native function without its prefix and type, such as "fill".
+        A: what is read and written, float32 or uint8.
+        B: a second operand of A's size, or None.
+        value: a scalar operand.
+        prefetch: move the paged operands to the GPU first.
+
+    Raises:
+        NotImplementedError: A is of another type.
+        ValueError: B does not match A.
+        RuntimeError: the native library has no such function.
+    """
+    if A.dtype not in _NATIVE_SCALARS:
+        raise NotImplementedError(f"{func_name} exists for float32 and uint8, not for {A.dtype}")
+    if B is not None and (B.dtype != A.dtype or B.numel() != A.numel()):
+        raise ValueError(f"{func_name} needs operands of one type and size, got {A.dtype} x {A.numel()} and {B.dtype} x {B.numel()}")
+    suffix, c_type = _NATIVE_SCALARS[A.dtype]
+    paged = [t for t in (A, B) if _is_paged(t)]
+    if prefetch:
+        for tensor in paged:
+            prefetch_tensor(tensor)
+
+    lib[f"c{func_name}_{suffix}"](get_ptr(A), get_ptr(B), c_type(value), ct.c_int64(A.numel()))
+
+    if paged:
+        # The host may read a paged tensor at once, and nothing orders that after the kernel.
+        torch.cuda.synchronize(paged[0].page_deviceid)
+
+
+def fill(A: Tensor, value: float, device: Optional[torch.device] = None, prefetch: bool = True) -> None:
+    """Sets every element of A to ``value``, on the GPU where A is paged. ``device`` is accepted and not used."""
+    if _is_paged(A):
+        elementwise_func("fill", A, None, value, prefetch)
+    else:
+        A.fill_(value)
+
+
+def _mul(A: Tensor, B: Tensor, device: Optional[torch.device] = None) -> None:
+    """A *= B element by element, on the GPU where A is paged. ``device`` is accepted and not used."""
+    if _is_paged(A):
+        elementwise_func("_mul", A, B, 0)
+    else:
+        A.mul_(B)
