@@ -1,7 +1,6 @@
 // Dequantisation: y[i] = fl(level[code[i]] * absmax[i / blocksize]) in fp32, rounded once to the output type.
 //
-// Reads half a byte (4 bit) or a byte (8 bit) an element and writes 2 or 4; the sixteen 4-bit levels stay in registers, the 256 of an 8-bit code in the
-// first-level cache.
+// Reads half a byte (4 bit) or a byte (8 bit) an element and writes 2 or 4; the levels stay in registers where the set has room for them.
 #include "blocks.h"
 #include "kernels.h"
 
@@ -31,6 +30,7 @@ template <typename T> void dequantize_blocks_4bit(const DequantizeArgs4bit& args
 }
 
 template <typename T> void dequantize_blocks_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last) {
+    const Table256 table = load_table256(args.code);
     for (int64_t block = first; block < last; ++block) {
         const Range range = elements_of_block(block, args.blocksize, args.n);
         const int64_t count = range.end - range.begin;
@@ -40,7 +40,7 @@ template <typename T> void dequantize_blocks_blockwise(const DequantizeArgsBlock
         const F32 scale = splat(absmax);
         int64_t i = 0;
         for (; i + W <= count; i += W)
-            store(y + i, mul(gather(args.code, load_bytes(codes + i)), scale));
+            store(y + i, mul(lookup256(table, codes + i), scale));
         for (; i < count; ++i)
             y[i] = from_float<T>(args.code[codes[i]] * absmax);
     }

@@ -16,10 +16,18 @@
 //   twice_plus(i, m)                2 * i + (m ? 1 : 0): one step down a binary search tree
 //   Table8, lookup8(t, i)           t[i] for i in [0, 8), the table kept in registers
 //   Table16, lookup16(t, i)         t[i] for i in [0, 16)
+//   Table256, lookup256(t, p)       t[p[lane]] for W bytes at p
 //   gather(p, i)                    p[i] for each lane, p of float or uint32_t
 //   load_bytes(p), store_bytes(p,i) W bytes, widened to or cut from 32 bits
 //   load_nibbles(p)                 W codes from W / 2 bytes, high nibble first. Bits above the fourth are undefined: only lookup16 may use them
 //   store_nibbles(p, a, b)          W bytes from 2 * W codes below 16
+//   load_16bit(p), load_32bit(p)    W little-endian integers of that width, widened to 32 bits; p needs no alignment
+//   low_nibbles(i)                  i fit for lookup16, whatever stands above the fourth bit
+//   scaled(t, f)                    a Table16 with every entry multiplied by f
+//   reduce_add_each(v)              lane i is the sum of the lanes of v[i], for W vectors
+//   load_columns(p, stride, rows, columns, out)
+//                                   a transposition: lane i of out[j] is the 32-bit word j at p + i * stride, for W columns. Lanes from `rows` on repeat
+//                                   the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
 #pragma once
 
 #include "../common/types.h"

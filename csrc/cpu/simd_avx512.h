@@ -28,6 +28,10 @@ struct Table16 {
     __m512 v;
 };
 
+struct Table256 {
+    __m512 v[16];
+};
+
 BNB_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
 
 BNB_INLINE F32 splat(float x) { return {_mm512_set1_ps(x)}; }
@@ -94,6 +98,28 @@ BNB_INLINE Table16 load_table16(const float* p) { return {_mm512_loadu_ps(p)}; }
 BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 
+BNB_INLINE Table256 load_table256(const float* p) {
+    Table256 table;
+    for (int i = 0; i < 16; ++i)
+        table.v[i] = _mm512_loadu_ps(p + 16 * i);
+    return table;
+}
+
+// The whole table fits half the registers. A permutation looks up the low five bits of the index in two of them; three rounds of blends, one for each
+// upper bit, choose among the eight results. That is about half the time of a gather.
+BNB_INLINE F32 lookup256(const Table256& table, const uint8_t* p) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    __m512 chosen[8];
+    for (int i = 0; i < 8; ++i)
+        chosen[i] = _mm512_permutex2var_ps(table.v[2 * i], index, table.v[2 * i + 1]);
+    for (int bit = 5, count = 4; count > 0; ++bit, count /= 2) {
+        const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
+        for (int i = 0; i < count; ++i)
+            chosen[i] = _mm512_mask_mov_ps(chosen[2 * i], upper, chosen[2 * i + 1]);
+    }
+    return {chosen[0]};
+}
+
 BNB_INLINE F32 gather(const float* p, I32 index) { return {_mm512_i32gather_ps(index.v, p, 4)}; }
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm512_i32gather_epi32(index.v, p, 4)}; }
 
@@ -113,6 +139,55 @@ BNB_INLINE __m128i pair_nibbles(I32 a) {
 
 BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi64(pair_nibbles(a), pair_nibbles(b)));
+}
+
+BNB_INLINE I32 load_16bit(const uint8_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+BNB_INLINE I32 load_32bit(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+BNB_INLINE I32 low_nibbles(I32 a) { return a; }
+BNB_INLINE Table16 scaled(Table16 table, float scale) { return {_mm512_mul_ps(table.v, _mm512_set1_ps(scale))}; }
+
+// Four steps of a 16 x 16 transposition, each followed by an addition that halves the number of vectors.
+BNB_INLINE F32 reduce_add_each(const F32* v) {
+    __m512 quarter[4];
+    for (int i = 0; i < 4; ++i) {
+        __m512d half[2];
+        for (int j = 0; j < 2; ++j) {
+            const __m512 a = v[4 * i + 2 * j].v, b = v[4 * i + 2 * j + 1].v;
+            half[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        const __m512 even = _mm512_castpd_ps(_mm512_unpacklo_pd(half[0], half[1]));
+        const __m512 odd = _mm512_castpd_ps(_mm512_unpackhi_pd(half[0], half[1]));
+        quarter[i] = _mm512_add_ps(even, odd); // each 128-bit part holds the partial sums of v[4 i .. 4 i + 3]
+    }
+    const auto add_neighbours = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return {add_neighbours(add_neighbours(quarter[0], quarter[1]), add_neighbours(quarter[2], quarter[3]))};
+}
+
+BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
+    const __mmask16 wanted = first_lanes(columns);
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i)
+        a[i] = _mm512_maskz_loadu_epi32(wanted, p + (i < rows ? i : rows - 1) * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { // afterwards part q of a[i + j] holds column 4 q + j of rows i .. i + 3
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        const __m512i upper02 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), upper13 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i lower02 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), lower13 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        out[j].v = _mm512_shuffle_i32x4(upper02, lower02, 0x88);
+        out[8 + j].v = _mm512_shuffle_i32x4(upper02, lower02, 0xdd);
+        out[4 + j].v = _mm512_shuffle_i32x4(upper13, lower13, 0x88);
+        out[12 + j].v = _mm512_shuffle_i32x4(upper13, lower13, 0xdd);
+    }
 }
 
 } // namespace BNB_ISA

@@ -28,6 +28,10 @@ struct Table16 {
     uint8x16x4_t v;
 };
 
+struct Table256 {
+    const float* p;
+};
+
 BNB_INLINE F32 splat(float x) { return {vdupq_n_f32(x)}; }
 BNB_INLINE I32 splat_bits(uint32_t x) { return {vdupq_n_u32(x)}; }
 
@@ -106,6 +110,13 @@ BNB_INLINE uint8x16_t byte_indices(uint32x4_t index) {
 BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {vreinterpretq_f32_u8(vqtbl2q_u8(table.v, byte_indices(index.v)))}; }
 BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {vreinterpretq_f32_u8(vqtbl4q_u8(table.v, byte_indices(index.v)))}; }
 
+BNB_INLINE Table256 load_table256(const float* p) { return {p}; }
+
+BNB_INLINE F32 lookup256(Table256 table, const uint8_t* i) {
+    const float lanes[W] = {table.p[i[0]], table.p[i[1]], table.p[i[2]], table.p[i[3]]};
+    return {vld1q_f32(lanes)};
+}
+
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) {
     const int32x4_t i = vreinterpretq_s32_u32(index.v);
     const uint32_t lanes[W] = {p[vgetq_lane_s32(i, 0)], p[vgetq_lane_s32(i, 1)], p[vgetq_lane_s32(i, 2)], p[vgetq_lane_s32(i, 3)]};
@@ -142,6 +153,33 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
     const uint8x8_t bytes = vmovn_u16(vorrq_u16(vshlq_n_u16(even, 4), odd));
     const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
     memcpy(p, &four, sizeof four);
+}
+
+BNB_INLINE I32 load_16bit(const uint8_t* p) { return {vmovl_u16(vreinterpret_u16_u8(vld1_u8(p)))}; }
+BNB_INLINE I32 load_32bit(const uint8_t* p) { return {vreinterpretq_u32_u8(vld1q_u8(p))}; }
+BNB_INLINE I32 low_nibbles(I32 a) { return {vandq_u32(a.v, vdupq_n_u32(15))}; }
+
+BNB_INLINE Table16 scaled(Table16 table, float scale) {
+    for (int i = 0; i < 4; ++i)
+        table.v.val[i] = vreinterpretq_u8_f32(vmulq_n_f32(vreinterpretq_f32_u8(table.v.val[i]), scale));
+    return table;
+}
+
+BNB_INLINE F32 reduce_add_each(const F32* v) { return {vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))}; }
+
+BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
+    uint32x4_t a[4];
+    for (int i = 0; i < 4; ++i) {
+        uint32_t row[W] = {};
+        memcpy(row, p + (i < rows ? i : rows - 1) * stride, columns * sizeof row[0]);
+        a[i] = vld1q_u32(row);
+    }
+    const uint32x4_t even01 = vtrn1q_u32(a[0], a[1]), odd01 = vtrn2q_u32(a[0], a[1]);
+    const uint32x4_t even23 = vtrn1q_u32(a[2], a[3]), odd23 = vtrn2q_u32(a[2], a[3]);
+    out[0].v = vcombine_u32(vget_low_u32(even01), vget_low_u32(even23));
+    out[1].v = vcombine_u32(vget_low_u32(odd01), vget_low_u32(odd23));
+    out[2].v = vcombine_u32(vget_high_u32(even01), vget_high_u32(even23));
+    out[3].v = vcombine_u32(vget_high_u32(odd01), vget_high_u32(odd23));
 }
 
 } // namespace BNB_ISA

@@ -1,10 +1,10 @@
-// Plain C++: the set that runs everywhere. Arrays of eight leave the compiler free to use whatever the baseline has.
+// Plain C++: the set that runs everywhere.
 #pragma once
 
 namespace bnb {
 namespace BNB_ISA {
 
-constexpr int W = 8;
+constexpr int W = 4;
 
 struct F32 {
     float v[W];
@@ -26,11 +26,14 @@ struct Table16 {
     float v[16];
 };
 
+struct Table256 {
+    const float* p;
+};
+
+// Written out rather than looped over, so that the compiler sees scalars in registers.
 #define BNB_EACH(Result, expression)                                                                                                                 \
-    Result r;                                                                                                                                        \
-    for (int i = 0; i < W; ++i)                                                                                                                      \
-        r.v[i] = expression;                                                                                                                         \
-    return r
+    const auto lane = [&]([[maybe_unused]] int i) { return expression; };                                                                                           \
+    return Result{{lane(0), lane(1), lane(2), lane(3)}}
 
 BNB_INLINE F32 splat(float x) { BNB_EACH(F32, x); }
 BNB_INLINE I32 splat_bits(uint32_t x) { BNB_EACH(I32, x); }
@@ -52,7 +55,7 @@ BNB_INLINE F32 min(F32 a, F32 b) { BNB_EACH(F32, a.v[i] < b.v[i] ? a.v[i] : b.v[
 BNB_INLINE F32 max(F32 a, F32 b) { BNB_EACH(F32, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { BNB_EACH(F32, a.v[i] * b.v[i] + c.v[i]); }
 
-BNB_INLINE float reduce_add(F32 a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
+BNB_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
 BNB_INLINE I32 bits(F32 a) { BNB_EACH(I32, float_bits(a.v[i])); }
 BNB_INLINE F32 from_bits(I32 a) { BNB_EACH(F32, float_from_bits(a.v[i])); }
@@ -91,6 +94,9 @@ BNB_INLINE Table16 load_table16(const float* p) {
 BNB_INLINE F32 lookup8(const Table8& table, I32 index) { BNB_EACH(F32, table.v[index.v[i] & 7]); }
 BNB_INLINE F32 lookup16(const Table16& table, I32 index) { BNB_EACH(F32, table.v[index.v[i] & 15]); }
 
+BNB_INLINE Table256 load_table256(const float* p) { return {p}; }
+BNB_INLINE F32 lookup256(Table256 table, const uint8_t* index) { BNB_EACH(F32, table.p[index[i]]); }
+
 BNB_INLINE F32 gather(const float* p, I32 index) { BNB_EACH(F32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { BNB_EACH(I32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 load_bytes(const uint8_t* p) { BNB_EACH(I32, p[i]); }
@@ -106,6 +112,34 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
     for (int i = 0; i < W / 2; ++i) {
         p[i] = uint8_t(a.v[2 * i] << 4 | a.v[2 * i + 1]);
         p[W / 2 + i] = uint8_t(b.v[2 * i] << 4 | b.v[2 * i + 1]);
+    }
+}
+
+BNB_INLINE I32 load_16bit(const uint8_t* p) { BNB_EACH(I32, p[2 * i] | uint32_t(p[2 * i + 1]) << 8); }
+
+BNB_INLINE I32 load_32bit(const uint8_t* p) {
+    I32 r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+
+BNB_INLINE I32 low_nibbles(I32 a) { return a; }
+
+BNB_INLINE Table16 scaled(const Table16& table, float scale) {
+    Table16 r;
+    for (int i = 0; i < 16; ++i)
+        r.v[i] = table.v[i] * scale;
+    return r;
+}
+
+BNB_INLINE F32 reduce_add_each(const F32* v) { BNB_EACH(F32, reduce_add(v[i])); }
+
+BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
+    for (int i = 0; i < W; ++i) {
+        uint32_t row[W] = {};
+        memcpy(row, p + (i < rows ? i : rows - 1) * stride, columns * sizeof row[0]);
+        for (int j = 0; j < W; ++j)
+            out[j].v[i] = row[j];
     }
 }
 
