@@ -14,12 +14,12 @@ install uses it in place. What is built:
 from __future__ import annotations
 
 import os
-from pathlib import Path
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -32,7 +32,7 @@ NOT_BUILT = """
 bitsandbytes: the native {backend} library was not built.
   Why:   {reason}
   So:    the package is installed and complete, but computes {backend} tensors with plain PyTorch operations: same results, slower.
-  Mend:  {remedy}, then install again.
+  Mend:  {remedy}, then install again with --force-reinstall --no-deps --no-cache-dir.
 """
 
 
@@ -83,14 +83,14 @@ def run(command: list[str]) -> tuple[int, str]:
     return process.returncode, "".join(lines)
 
 
-def explain(backend: str, output: str) -> BuildError:
+def explain(output: str) -> BuildError:
     """Turn the output of a failed CMake run into what is missing and what to do."""
     for language, compiler in (("CXX", "C++"), ("CUDA", "CUDA"), ("HIP", "HIP")):
         if f"CMAKE_{language}_COMPILER" in output:
             hint = ' (Debian, Ubuntu: "apt install g++"; Fedora: "dnf install gcc-c++"; macOS: "xcode-select --install")' if language == "CXX" else ""
             return BuildError(f"no working {compiler} compiler was found", f"install one{hint}")
     tail = "\n         ".join([line for line in output.splitlines() if line.strip()][-12:])
-    return BuildError(f"CMake or the compiler failed. The last lines were:\n         {tail}", f"see the whole output with `pip install -v`, backend {backend}")
+    return BuildError(f"CMake or the compiler failed. The last lines were:\n         {tail}", "see all of it with `pip install -v`")
 
 
 def build_library(backend: str, options: list[str]) -> None:
@@ -109,7 +109,7 @@ def build_library(backend: str, options: list[str]) -> None:
         for step in steps:
             status, output = run(step)
             if status != 0:
-                raise explain(backend, output)
+                raise explain(output)
 
 
 def announce(message: str) -> None:
@@ -134,7 +134,7 @@ def build_native_libraries() -> None:
             build_library(backend, options)
         except BuildError as error:
             if named:
-                raise SystemExit(f"bitsandbytes: COMPUTE_BACKEND={named} asks for a library that cannot be built: {error.reason}. To mend it: {error.remedy}.")
+                raise SystemExit(f"bitsandbytes: COMPUTE_BACKEND={named} cannot be built: {error.reason}. To mend it: {error.remedy}.") from error
             announce(NOT_BUILT.format(backend=backend.upper(), reason=error.reason, remedy=error.remedy))
 
 

@@ -13,20 +13,19 @@ copies a large tensor; a 4-bit weight that fits the cache can exceed that, and a
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 import json
 import os
-from pathlib import Path
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-
-import torch
+from dataclasses import dataclass
+from pathlib import Path
 
 import cpu_cases
+import torch
 
 HERE = Path(__file__).resolve().parent
 MODEL_FOLDER = HERE.parent / "examples" / "output" / "smollm2-fp32"
@@ -84,14 +83,13 @@ class Worker:
     def _start(self) -> subprocess.Popen:
         # Started in an empty folder, so that a source tree in the current one cannot be imported by accident.
         command = [self.python, str(HERE / "cpu_cases.py")]
-        return subprocess.Popen(
-            command, env=self.environment, cwd=tempfile.gettempdir(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        return subprocess.Popen(command, env=self.environment, cwd=tempfile.gettempdir(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"The benchmark process of {self.name} ({self.python}) ended with status {self.process.wait()}; its message stands above.")
+            status = self.process.wait()
+            raise SystemExit(f"The benchmark process of {self.name} ({self.python}) ended with status {status}; its message stands above.")
         return json.loads(line)
 
     def ask(self, **request) -> dict:
@@ -187,7 +185,8 @@ def measure_processes(workers: dict[str, Worker]) -> list[dict]:
         ("import bitsandbytes beyond torch", IMPORT_LIMIT, "s", Worker.import_seconds),
     ):
         values = {name: figure(workers[name]) for name in (OURS, PUBLISHED) if name in workers}
-        rows.append({"case": title, "unit": unit, "value": values[OURS], "published": values.get(PUBLISHED), "limit": limit, "pass": values[OURS] < limit})
+        ours = values[OURS]
+        rows.append({"case": title, "unit": unit, "value": ours, "published": values.get(PUBLISHED), "limit": limit, "pass": ours < limit})
     return rows
 
 
@@ -228,7 +227,7 @@ def table(rows: list[dict], process_rows: list[dict]) -> str:
         target = f"{row['value']:.3f} / under {row['limit']} {row['unit']}"
         body.append([row["case"], f"{row['value']:.3f}", published, "", "", "", target, verdict_word([row])])
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(line, widths)) + " |" for line in [head, *body]]
+    lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(line, widths, strict=True)) + " |" for line in [head, *body]]
     lines.insert(1, "|" + "|".join("-" * (size + 2) for size in widths) + "|")
     return "\n".join(lines)
 
@@ -306,13 +305,13 @@ def main() -> None:
         worker.close()
 
     rows = build_rows(times, cases, bandwidth)
-    identities = {name: {key: worker.identity[key] for key in ("bitsandbytes", "torch", "threads")} for name, worker in workers.items()}
-    heading = f"{processor()}; copy {bandwidth / 1e9:.1f} GB/s; {arguments.rounds} rounds\n" + "\n".join(
-        f"{name}: bitsandbytes {identity['bitsandbytes']}, torch {identity['torch']}, {identity['threads']} threads" for name, identity in identities.items()
-    )
-    report = f"{heading}\n\n{table(rows, process_rows)}"
+    libraries = {name: {key: worker.identity[key] for key in ("bitsandbytes", "torch", "threads")} for name, worker in workers.items()}
+    heading = [f"{processor()}; copy {bandwidth / 1e9:.1f} GB/s; {arguments.rounds} rounds"]
+    heading += ["{}: bitsandbytes {}, torch {}, {} threads".format(name, *library.values()) for name, library in libraries.items()]
+    report = "\n".join(heading) + "\n\n" + table(rows, process_rows)
     print(report)
-    record = json.dumps({"machine": processor(), "copy_bytes_per_second": bandwidth, "libraries": identities, "cases": rows, "processes": process_rows}, indent=1)
+    everything = {"machine": processor(), "copy_bytes_per_second": bandwidth, "libraries": libraries, "cases": rows, "processes": process_rows}
+    record = json.dumps(everything, indent=1)
     if arguments.save:
         folder = HERE / "results"
         folder.mkdir(exist_ok=True)

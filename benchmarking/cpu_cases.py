@@ -13,16 +13,16 @@ tensors each time, and freed outside the timed region.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 import gc
 import json
 import os
-from pathlib import Path
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -131,9 +131,7 @@ def build_generate():
     """Greedy generation with SmolLM2-135M-Instruct in NF4 with double quantisation."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     folder = os.environ["BENCHMARK_MODEL"]
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16, quantization_config=config).eval()
     prompt = torch.arange(100, 132)[None]
@@ -158,9 +156,7 @@ def all_cases() -> dict[str, Case]:
     for dtype, all_rows in (("bf16", (1, 4, 16, 128, 512)), ("fp32", (1, 4, 16, 64, 128, 512))):
         for rows in all_rows:
             activations = 2 * rows * SIDE * width(dtype)
-            table[f"Linear4bit {dtype} M={rows}"] = Case(
-                partial(build_inference, quantised_layer, dtype, rows), packed_bytes(elements) + activations
-            )
+            table[f"Linear4bit {dtype} M={rows}"] = Case(partial(build_inference, quantised_layer, dtype, rows), packed_bytes(elements) + activations)
             table[f"nn.Linear {dtype} M={rows}"] = Case(
                 partial(build_inference, dense_layer, dtype, rows), elements * width(dtype) + activations, published=False
             )
@@ -172,9 +168,7 @@ def all_cases() -> dict[str, Case]:
     )
     for dtype in DTYPES:
         activations = 4 * TRAINING_ROWS * SIDE * width(dtype)
-        table[f"training {dtype} M={TRAINING_ROWS}"] = Case(
-            partial(build_training, quantised_layer, dtype), 2 * packed_bytes(elements) + activations
-        )
+        table[f"training {dtype} M={TRAINING_ROWS}"] = Case(partial(build_training, quantised_layer, dtype), 2 * packed_bytes(elements) + activations)
     table["Linear4bit 64x64 bf16 M=1"] = Case(partial(build_inference, quantised_layer, "bf16", 1, side=64), packed_bytes(64 * 64) + 256)
     table["nn.Linear 64x64 bf16 M=1"] = Case(partial(build_inference, dense_layer, "bf16", 1, side=64), 64 * 64 * 2 + 256, published=False)
     if "BENCHMARK_MODEL" in os.environ:

