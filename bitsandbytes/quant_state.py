@@ -38,6 +38,9 @@ class QuantState:
         "nested_blocksize", "nested_dtype", "nested_offset",
     ]  # fmt: skip
 
+    # Whether the weight is in the published library's CPU layout (packing.py). A class attribute, so that every forward can ask cheaply.
+    packing_format_for_cpu = False
+
     def __init__(self, absmax, shape=None, code=None, blocksize=None, quant_type=None, dtype=None, offset=None, state2=None):
         self.absmax = absmax
         self.shape = shape

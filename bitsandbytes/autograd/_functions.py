@@ -117,7 +117,7 @@ def matmul_4bit(
     if A.dtype not in FLOATS:
         raise TypeError(f"matmul_4bit takes float16, bfloat16 or float32 activations, got {A.dtype}")
 
-    if getattr(quant_state, "packing_format_for_cpu", False):
+    if quant_state.packing_format_for_cpu:
         B, quant_state = F._canonical(B, quant_state)
     in_features = A.shape[-1] if A.dim() else 0
     if in_features != shape[1] and in_features == shape[0]:

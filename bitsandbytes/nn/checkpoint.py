@@ -50,7 +50,7 @@ def save_4bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
     state = layer.quant_state
     if state is None:
         return
-    if getattr(state, "packing_format_for_cpu", False):
+    if state.packing_format_for_cpu:
         destination[prefix + "weight"], state = functional._canonical(layer.weight.detach(), state)
     for name, tensor in state.as_dict(packed=True).items():
         destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()

@@ -174,7 +174,7 @@ class Params4bit(nn.Parameter):
 
     def _moved(self, device, dtype, non_blocking) -> "Params4bit":
         data, state = self.data, self.quant_state
-        if getattr(state, "packing_format_for_cpu", False) and device is not None and device.type not in ("cpu", "meta"):
+        if state is not None and state.packing_format_for_cpu and device is not None and device.type not in ("cpu", "meta"):
             data, state = functional._canonical(data, state)
         if device is not None:
             data = data.to(device, non_blocking=non_blocking)
@@ -544,10 +544,9 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):
 
     def _bias_in(self, dtype: torch.dtype, bias: torch.Tensor) -> torch.Tensor:
         """The bias in ``dtype``. Outside of training a bias of another dtype is cast for good; every call would pay for it otherwise."""
-        if bias.requires_grad and torch.is_grad_enabled():
-            in_training, self._bias_in_training = self._bias_in_training, True
-        else:
-            in_training = bias.requires_grad and self._bias_in_training
+        in_training = self._bias_in_training
+        if not in_training and bias.requires_grad and torch.is_grad_enabled():
+            self._bias_in_training = True
         if bias.dtype is dtype:
             return bias
         if in_training or type(bias) is not nn.Parameter or _is_compiling() or _autocast_dtype(bias.device.type) is not None:
