@@ -147,6 +147,13 @@ void parallel_ranges(int64_t count, int64_t grain, int threads, RangeFunction fu
     runtime->parallel(run_share, &work, unsigned(team), 0);
 }
 
+void SharedStatus::report(int32_t status) {
+    if (status != 0)
+        status_.store(status, std::memory_order_relaxed);
+}
+
+int32_t SharedStatus::get() const { return status_.load(std::memory_order_relaxed); }
+
 const char* openmp_library() {
     const Runtime* runtime = find_runtime();
     return runtime != nullptr ? runtime->path : "";

@@ -6,6 +6,7 @@
 
 #include "../common/macros.h"
 
+#include <atomic>
 #include <cstdint>
 
 namespace bnb {
@@ -21,6 +22,16 @@ const char* openmp_library();
 
 // How many threads a caller that passes 0 would get.
 int default_threads();
+
+// A status that several threads may report to: the last failure stays. Not inline, because kernels of all instruction sets share it.
+class SharedStatus {
+  public:
+    void report(int32_t status);
+    int32_t get() const;
+
+  private:
+    std::atomic<int32_t> status_{0};
+};
 
 template <typename Function> BNB_HD void parallel_for(int64_t count, int64_t grain, int threads, const Function& function) {
     struct Call {
