@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -42,7 +43,7 @@ def sha(tensor: torch.Tensor, digits: int = 24) -> str:
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -62,16 +63,16 @@ def run_python(code: str, *args: str, interpreter: str = sys.executable, **optio
     return subprocess.run([interpreter, "-c", code, *args], capture_output=True, text=True, timeout=300, **options)
 
 
-def names(values) -> list[str]:
-    """Test ids: `float32` for torch.float32, str() for the rest."""
-    return [str(v).removeprefix("torch.") for v in values]
+def short_name(value) -> str:
+    """A test id: `float32` for torch.float32, str() for the rest."""
+    return str(value).removeprefix("torch.")
 
 
-def grid(**axes) -> tuple[str, list, list[str]]:
-    """`parametrize(*grid(a=..., b=...))`: the product of the axes, with readable ids."""
+def grid(**axes):
+    """`@grid(a=..., b=...)`: runs a test for every combination, with readable ids."""
     rows = list(product(*axes.values()))
-    ids = ["-".join(names(row)) for row in rows]
-    return ",".join(axes), rows if len(axes) > 1 else [row[0] for row in rows], ids
+    ids = ["-".join(map(short_name, row)) for row in rows]
+    return pytest.mark.parametrize(",".join(axes), rows if len(axes) > 1 else [row[0] for row in rows], ids=ids)
 
 
 # ------------------------------------------------------------------------------------------------------- the meaning of the codes, in NumPy
