@@ -29,18 +29,16 @@ _COMMON_DTYPES = (torch.bfloat16, torch.float32)
 # -------------------------------------------------------------------------------------------------------------- 4-bit parameters
 
 
-def _statistic(*path: str) -> property:
-    """A read-only attribute of a parameter found further down in its quant_state; absent (AttributeError) where the path ends early."""
+def _statistic(name: str, path: str | None = None) -> property:
+    """A read-only attribute that lives in the quant_state, under ``path``; absent (AttributeError) where the path ends early."""
 
     def get(self):
         value = self.quant_state
-        for name in path:
+        for step in (path or name).split("."):
             if value is None:
-                break
-            value = getattr(value, name)
-        else:
-            return value
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {path[-1]!r}: no such statistics")
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: it has no such statistics")
+            value = getattr(value, step)
+        return value
 
     return property(get)
 
@@ -83,14 +81,14 @@ class Params4bit(nn.Parameter):
 
     absmax = _statistic("absmax")
     code = _statistic("code")
-    quant_map = _statistic("code")
+    quant_map = _statistic("quant_map", "code")
     offset = _statistic("offset")
     state2 = _statistic("state2")
-    nested_absmax = _statistic("state2", "absmax")
-    nested_blocksize = _statistic("state2", "blocksize")
-    nested_quant_map = _statistic("state2", "code")
-    nested_dtype = _statistic("state2", "dtype")
-    nested_offset = _statistic("offset")
+    nested_absmax = _statistic("nested_absmax", "state2.absmax")
+    nested_blocksize = _statistic("nested_blocksize", "state2.blocksize")
+    nested_quant_map = _statistic("nested_quant_map", "state2.code")
+    nested_dtype = _statistic("nested_dtype", "state2.dtype")
+    nested_offset = _statistic("nested_offset", "offset")
 
     @property
     def module(self) -> nn.Module | None:
