@@ -43,7 +43,7 @@ def _to_codes(A: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
     All codes are 0 where the statistic is 0, infinite or NaN: it alone then says what was there. Next to denormals only, 127 / stats
     is infinite; the largest code is the nearest there.
     """
-    scaled = A * (INT8_MAX / stats)
+    scaled = A * (stats.new_tensor(INT8_MAX) / stats)  # between tensors: a Python number would be multiplied by a rounded reciprocal
     return scaled.round_().nan_to_num_(nan=0.0, posinf=INT8_MAX, neginf=-INT8_MAX).to(torch.int8)
 
 
