@@ -89,7 +89,7 @@ def explain(output: str) -> BuildError:
         if f"CMAKE_{language}_COMPILER" in output:
             hint = ' (Debian, Ubuntu: "apt install g++"; Fedora: "dnf install gcc-c++"; macOS: "xcode-select --install")' if language == "CXX" else ""
             return BuildError(f"no working {compiler} compiler was found", f"install one{hint}")
-    tail = "\n         ".join([line for line in output.splitlines() if line.strip()][-12:])
+    tail = "\n         ".join([line for line in output.splitlines() if line.strip()][-8:])
     return BuildError(f"CMake or the compiler failed. The last lines were:\n         {tail}", "see all of it with `pip install -v`")
 
 
@@ -134,7 +134,9 @@ def build_native_libraries() -> None:
             build_library(backend, options)
         except BuildError as error:
             if named:
-                raise SystemExit(f"bitsandbytes: COMPUTE_BACKEND={named} cannot be built: {error.reason}. To mend it: {error.remedy}.") from error
+                raise SystemExit(
+                    f"bitsandbytes: COMPUTE_BACKEND={named} cannot be built.\n  Why:   {error.reason}\n  Mend:  {error.remedy}."
+                ) from error
             announce(NOT_BUILT.format(backend=backend.upper(), reason=error.reason, remedy=error.remedy))
 
 
