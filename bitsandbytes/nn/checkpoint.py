@@ -78,7 +78,7 @@ def load(
     if layer.weight.is_meta and not assign:  # there is nothing to copy into, so the layer gets tensors of its own
         assign = True
         local_metadata = {**local_metadata, "assign_to_params_buffers": True}
-        state_dict = {key: value.clone() if key in own and isinstance(value, torch.Tensor) else value for key, value in state_dict.items()}
+        state_dict = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state_dict.items()}
 
     found = read(layer, state_dict, prefix, assign)
     sound = not found.missing and not found.errors
@@ -110,7 +110,7 @@ def read_4bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
     """Looks for a layer's weight, packed or dense, in a state dict.
 
     A packed weight makes the layer quantised, whatever it was. A dense one is quantised by the layer's own recipe if the layer is quantised,
-    and left to ``nn.Module`` or kept with its recipe if not.
+    and otherwise left to ``nn.Module``, unless that would replace the parameter and lose the recipe.
     """
     key = prefix + "weight"
     if key not in state_dict:
@@ -167,7 +167,7 @@ def _read_packed(layer, key: str, codes: torch.Tensor, statistics: dict[str, Any
 
 def _read_dense(layer, values: torch.Tensor, found: Finding, assign: bool) -> Finding:
     quantised = layer.quant_state is not None
-    if not quantised and not assign:
+    if not quantised and not (assign and layer._recipe()):
         return Finding()  # an ordinary parameter
     weight = layer._new_weight(values)
     if quantised:
