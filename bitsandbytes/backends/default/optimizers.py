@@ -47,6 +47,11 @@ def _average_of_squares(mean: torch.Tensor, value: torch.Tensor, beta: float) ->
     mean.mul_(beta).addcmul_(value, value, value=1.0 - beta)
 
 
+def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """The quotient, in the memory of the denominator."""
+    return torch.div(numerator, denominator, out=denominator)
+
+
 def _bias_corrections(s: Settings) -> tuple[float, float]:
     """What to divide the mean by, and the root of the mean of squares, to make up for both having started at zero."""
     return 1.0 - s.beta1**s.step, (1.0 - s.beta2**s.step) ** 0.5
@@ -58,7 +63,7 @@ def _adam(g, moments, s: Settings):
     _average(mean, g, s.beta1)
     _average_of_squares(square, g, s.beta2)
     c1, c2 = _bias_corrections(s)
-    return mean / square.sqrt().add_(c2 * s.eps), c2 / c1
+    return _ratio(mean, square.sqrt().add_(c2 * s.eps)), c2 / c1
 
 
 def _ademamix(g, moments, s: Settings):
@@ -69,7 +74,7 @@ def _ademamix(g, moments, s: Settings):
     _average_of_squares(square, g, s.beta2)
     c1, c2 = _bias_corrections(s)
     mean = (fast / c1).add_(slow, alpha=s.alpha)
-    return mean.div_((square.sqrt() / c2).add_(s.eps)), 1.0
+    return mean.div_(square.sqrt().div_(c2).add_(s.eps)), 1.0
 
 
 def _momentum(g, moments, s: Settings):
@@ -94,14 +99,14 @@ def _rmsprop(g, moments, s: Settings):
     """Hinton 2012, smoothed with ``beta1``."""
     (square,) = moments
     _average_of_squares(square, g, s.beta1)
-    return g / square.sqrt().add_(s.eps), 1.0
+    return _ratio(g, square.sqrt().add_(s.eps)), 1.0
 
 
 def _adagrad(g, moments, s: Settings):
     """Duchi et al. 2011."""
     (total,) = moments
     total.addcmul_(g, g)
-    return g / total.sqrt().add_(s.eps), 1.0
+    return _ratio(g, total.sqrt().add_(s.eps)), 1.0
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def _step(name: str, g, p, moments, s: Settings, touched: Optional[torch.Tensor]
     """Steps a parameter and its float32 moments, all of one shape, in place."""
     algorithm = ALGORITHMS[name]
     gradient = g.to(torch.float32) if s.gnorm_scale == 1.0 else g.to(torch.float32) * s.gnorm_scale
-    value = p.to(torch.float32, copy=True)
+    value = p if p.dtype == torch.float32 and touched is None else p.to(torch.float32, copy=True)
     before = [] if touched is None else [moment.clone() for moment in moments]
 
     if s.weight_decay > 0.0 and algorithm.decoupled_decay:
@@ -185,7 +190,8 @@ def _step(name: str, g, p, moments, s: Settings, touched: Optional[torch.Tensor]
 
     if touched is not None:
         value = torch.where(touched, value, p)
-    p.copy_(value)
+    if value is not p:
+        p.copy_(value)
     for moment, old in zip(moments, before):
         moment.copy_(torch.where(touched, moment, old))
 
@@ -259,19 +265,20 @@ def _keep_signs(codes: torch.Tensor, values: torch.Tensor, qmap: torch.Tensor) -
 
     Momentum that is lost on one side of zero only would pull the parameter to the other. Zero itself stays zero.
     """
-    index = codes.to(torch.int32)
-    flipped = (values != 0.0) & (qmap[index].signbit() != values.signbit())
-    moved = (index + values.sign().nan_to_num_().to(torch.int32)).clamp_(0, qmap.numel() - 1)
-    return torch.where(flipped, moved.to(torch.uint8), codes)
+    negatives = qmap.signbit().sum().to(torch.uint8)  # entries are ascending: the codes below this one have a minus sign
+    too_high = (values < 0.0) & (codes >= negatives) & (codes > 0)
+    too_low = (values > 0.0) & (codes < negatives)
+    return codes - too_high.to(torch.uint8) + too_low.to(torch.uint8)
 
 
-def _reset_spoilt(moments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Zero in every moment of an element that has one which is NaN or infinite.
+def _reset_spoilt(moments: list[torch.Tensor]) -> None:
+    """Zeroes, in place, every moment of an element that has one which is NaN or infinite.
 
     Codes cannot say NaN, and an infinite absmax would spoil the other 255 elements of its block. The parameter shows what happened.
     """
     finite = functools.reduce(torch.logical_and, (moment.isfinite() for moment in moments))
-    return [torch.where(finite, moment, 0.0) for moment in moments]
+    for moment in moments:
+        moment.masked_fill_(~finite, 0.0)
 
 
 @implement("optimizer_update_8bit_blockwise", "default")
@@ -317,5 +324,6 @@ def optimizer_update_8bit_blockwise(
     gradient = g.reshape(p.shape)
     touched = _touched(gradient, skip_zeros)
     _step(optimizer_name, gradient, p, moments, settings, touched)
-    for moment, values in zip(stored, _reset_spoilt(moments)):
+    _reset_spoilt(moments)
+    for moment, values in zip(stored, moments):
         moment.write(values, touched)
