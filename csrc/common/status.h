@@ -13,7 +13,7 @@ enum Status : int32_t {
     kBadCode = 4, // the 256 values of an 8-bit code are not ascending
 };
 
-inline const char* status_message(int32_t status) {
+static inline const char* status_message(int32_t status) {
     switch (status) {
     case kOk:
         return "ok";

@@ -29,7 +29,8 @@ template <typename T> BNB_INLINE float block_absmax(const T* x, int64_t count) {
         largest0 = max_bits(largest0, magnitude_bits(load(x + i)));
         i += W;
     }
-    largest1 = max_bits(largest1, magnitude_bits(load_first(x + i, int(count - i))));
+    if (i < count)
+        largest1 = max_bits(largest1, magnitude_bits(load_first(x + i, int(count - i))));
     return absmax_from_bits(reduce_max_bits(max_bits(largest0, largest1)));
 }
 

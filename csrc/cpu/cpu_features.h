@@ -1,7 +1,9 @@
 // What the processor and the operating system allow, one predicate for each set of kernels.
 #pragma once
 
-#if defined(_MSC_VER) && !defined(__clang__) && defined(_M_X64)
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#elif defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
 #endif
@@ -18,10 +20,16 @@ inline bool cpu_has_avx512bf16() { return false; }
 
 #elif defined(__x86_64__) && defined(__GNUC__)
 
+// Not every compiler's built-in knows the half-precision conversions.
+inline bool cpu_has_f16c() {
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ((ecx >> 29) & 1);
+}
+
 // The built-in also asks whether the system saves the wide registers.
 inline bool cpu_runs_avx2() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
 }
 
 inline bool cpu_has_avx512f() {
