@@ -14,8 +14,8 @@ namespace bnb {
 namespace BNB_ISA {
 namespace {
 
-// Waking a thread costs some microseconds; below about so many products it is not worth it.
-constexpr int64_t kProductsPerThread = int64_t(1) << 18;
+// Waking and joining a thread costs about as long as this many products.
+constexpr int64_t kProductsPerThread = int64_t(1) << 20;
 
 // Calls function(begin, end) -> Status on ranges of [0, count).
 template <typename Function> int32_t try_parallel(int64_t count, int64_t grain, int threads, const Function& function) {

@@ -30,6 +30,7 @@ struct FloatArithmetic {
     static constexpr int kLanes = W;
     static constexpr int kDepth = 1; // elements of K in a cell
     static constexpr int kWideGranule = 8 * W < 64 ? 8 * W : 64;
+    static constexpr int64_t kChain = 128; // most products added up one after another: fp32 results show the rounding of longer chains
 
     template <int kGranule> BNB_INLINE Codes load_codes(const uint8_t* p) {
         constexpr int kCodesPerLane = kGranule / kLanes;
@@ -76,6 +77,7 @@ struct BFloat16Arithmetic {
     static constexpr int kLanes = 2 * W;
     static constexpr int kDepth = 2;
     static constexpr int kWideGranule = 64;
+    static constexpr int64_t kChain = int64_t(1) << 20; // no limit: the result is rounded far more coarsely than the sum
 
     template <int kGranule> BNB_INLINE Codes load_codes(const uint8_t* p) {
         if constexpr (kGranule == 64) {

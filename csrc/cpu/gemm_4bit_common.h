@@ -56,6 +56,7 @@ BNB_INLINE int64_t most_blocks(const GemmArgs4bit& args, int64_t rows) { return 
 static const float* block_scales(const GemmArgs4bit& args, BlockRange blocks, float* decoded) {
     if (args.absmax_8bit == nullptr)
         return args.absmax + blocks.first;
+    const Table256 code = load_table256(args.absmax_code);
     const float offset = args.absmax_offset[0];
     for (int64_t block = blocks.first; block <= blocks.last;) {
         const float absmax = args.absmax[block >> 8];
@@ -63,7 +64,7 @@ static const float* block_scales(const GemmArgs4bit& args, BlockRange blocks, fl
         const uint8_t* codes = args.absmax_8bit;
         float* out = decoded - blocks.first;
         for (; block + W <= end; block += W)
-            store(out + block, add(mul(gather(args.absmax_code, load_bytes(codes + block)), splat(absmax)), splat(offset)));
+            store(out + block, add(mul(lookup256(code, codes + block), splat(absmax)), splat(offset)));
         for (; block < end; ++block)
             out[block] = args.absmax_code[codes[block]] * absmax + offset;
     }

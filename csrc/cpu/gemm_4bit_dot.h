@@ -16,14 +16,14 @@ namespace BNB_ISA {
 
 constexpr bool kManyRegisters = W == 16; // 32 vectors, a table in one of them
 constexpr int kTileTokens = 8;
-constexpr int kMostDotTokens = 16;
+constexpr int kMostDotTokens = kManyRegisters ? 40 : 8; // from here on a panel is faster
 constexpr int kDotGroup = 64;               // rows that share one pass over packed activations
 constexpr int64_t kDotCacheBytes = 32 << 10; // of packed activations in one pass
 
-constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 2 ? 4 : 2) : (tokens <= 2 ? 2 : 1); }
+constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : 2) : (tokens == 1 ? 2 : 1); }
 
 // Accumulators for each row and token: the steps of a granule take turns when there are too few tokens to keep the multipliers busy.
-constexpr int tile_turns(int rows, int tokens) { return rows * tokens <= 8 && tokens != 2 ? 2 : 1; }
+constexpr int tile_turns(int rows, int tokens) { return rows * tokens <= 4 ? 2 : 1; }
 
 // A stretch of K of a group of rows.
 struct DotSpan {
@@ -56,7 +56,7 @@ template <typename Arithmetic, int kGranule, int kRows, int kTokens>
 static void dot_tile(const DotSpan& span, Table16 levels, const typename Arithmetic::Activation* x, float* sums) {
     constexpr int kLanes = Arithmetic::kLanes;
     constexpr int kTurns = tile_turns(kRows, kTokens);
-    constexpr int kSums = (kRows * kTokens + W - 1) / W * W;
+    constexpr int kSums = (kRows * kTokens + 3) / 4 * 4; // reduced four at a time
     F32 acc[kTurns][kSums];
     BNB_UNROLL
     for (int i = 0; i < kTurns * kSums; ++i)
@@ -95,8 +95,9 @@ static void dot_tile(const DotSpan& span, Table16 levels, const typename Arithme
     BNB_UNROLL
     for (int i = 0; i < kSums; ++i)
         acc[0][i] = kTurns == 2 ? add(acc[0][i], acc[kTurns - 1][i]) : acc[0][i];
-    for (int i = 0; i < kSums; i += W)
-        store(totals + i, reduce_add_each(acc[0] + i));
+    BNB_UNROLL
+    for (int i = 0; i < kSums; i += 4)
+        reduce_add_4(acc[0] + i, totals + i);
     for (int r = 0; r < kRows; ++r)
         for (int t = 0; t < kTokens; ++t)
             sums[t * kDotGroup + r] += totals[r * kTokens + t];
@@ -152,7 +153,7 @@ template <typename Arithmetic, int kGranule, typename T> static int32_t dot_rows
     const Table16 levels = load_table16(levels_of(args.quant_type));
     const int log2_blocksize = log2_of(args.blocksize);
     const int64_t fitting = kDotCacheBytes / (int64_t(sizeof(Activation)) * tiles.size(0)) / kGranule * kGranule;
-    const int64_t stretch = smaller(K, fitting);
+    const int64_t stretch = smaller(fitting, Arithmetic::kChain * Arithmetic::kLanes);
     const T* bias = static_cast<const T*>(args.bias);
     for (int64_t row = begin; row < end; row += kDotGroup) {
         const int64_t rows = smaller(kDotGroup, end - row);

@@ -27,6 +27,7 @@ constexpr int kPanelTokens = 6;
 constexpr int kPanelRows = kPanelVectors * W;
 constexpr int kMostPanelTokens = 512;
 constexpr int64_t kPanelBytes = 256 << 10;
+constexpr int kPrefetchDistance = 8 * W; // bytes of a row: two transpositions ahead
 
 template <typename Arithmetic> constexpr int64_t panel_stretch() {
     return kPanelBytes / (kPanelRows * int64_t(sizeof(typename Arithmetic::Cell))) * Arithmetic::kDepth;
@@ -106,21 +107,22 @@ static void fill_aligned(const GemmArgs4bit& args, const PanelRows& panel, int64
     for (int64_t v = 0; v < panel.vectors(); ++v) {
         const int64_t row = panel.row + v * W;
         const int count = int(smaller(W, panel.rows - v * W));
-        uint32_t row_positions[W];
+        uint32_t row_starts[W]; // counted from the start of the first block
         for (int r = 0; r < W; ++r)
-            row_positions[r] = uint32_t((row + (r < count ? r : count - 1)) * args.K - panel.first_block * args.blocksize);
+            row_starts[r] = uint32_t((row + (r < count ? r : count - 1)) * args.K - panel.first_block * args.blocksize);
+        const I32 row_positions = load_32bit(reinterpret_cast<const uint8_t*>(row_starts));
         F32 scale = splat(0.0f);
         for (int64_t k = begin; k < end; k += 8 * W) {
             const int words = int(smaller(W, (end - k) / 8));
             I32 codes[W];
-            load_columns(args.B + (row * args.K + k) / 2, args.K / 2, count, words, codes);
+            const uint8_t* packed = args.B + (row * args.K + k) / 2;
+            load_columns(packed, args.K / 2, count, words, codes);
+            for (int r = 0; r < W; ++r) // so many streams at once are too much for the hardware's own prefetching
+                prefetch(packed + r * (args.K / 2) + kPrefetchDistance);
             for (int j = 0; j < words; ++j) {
                 const int64_t column = k + 8 * j;
-                if (column == begin || column % same_scale == 0) {
-                    uint32_t blocks[W];
-                    for (int r = 0; r < W; ++r)
-                        blocks[r] = (row_positions[r] + uint32_t(column)) >> log2_blocksize;
-                    scale = gather(panel.scales, load_32bit(reinterpret_cast<const uint8_t*>(blocks)));
+                if (column == begin || (column & (same_scale - 1)) == 0) {
+                    scale = gather(panel.scales, shift_right_by(add_bits(row_positions, splat_bits(uint32_t(column))), log2_blocksize));
                 }
                 store_word<Arithmetic>(codes[j], levels, scale, cells + (column - begin) / Arithmetic::kDepth * stride + v * W, stride);
             }
@@ -132,32 +134,39 @@ static void fill_aligned(const GemmArgs4bit& args, const PanelRows& panel, int64
 template <typename Arithmetic, int kTokens, int kVectors>
 static void panel_tile(const typename Arithmetic::Cell* cells, const typename Arithmetic::Activation* a, int64_t stride, int64_t depth, bool is_first,
                        float* sums) {
-    F32 acc[kTokens][kVectors];
-    BNB_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-        BNB_UNROLL
-        for (int v = 0; v < kVectors; ++v)
-            acc[t][v] = is_first ? splat(0.0f) : load(sums + (t * kVectors + v) * W);
-    }
-    for (int64_t k = 0; k < depth; ++k, cells += kVectors * W, a += Arithmetic::kDepth) {
-        typename Arithmetic::Vector w[kVectors];
-        BNB_UNROLL
-        for (int v = 0; v < kVectors; ++v)
-            w[v] = Arithmetic::load_cells(cells + v * W);
+    do { // at least once: no products are a sum of zero
+        F32 acc[kTokens][kVectors];
         BNB_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            const auto x = Arithmetic::broadcast(a + t * stride);
             BNB_UNROLL
             for (int v = 0; v < kVectors; ++v)
-                acc[t][v] = Arithmetic::dot(w[v], x, acc[t][v]);
+                acc[t][v] = splat(0.0f);
         }
-    }
-    BNB_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
+        const int64_t chain = smaller(depth, Arithmetic::kChain);
+        for (int64_t k = 0; k < chain; ++k, cells += kVectors * W, a += Arithmetic::kDepth) {
+            typename Arithmetic::Vector w[kVectors];
+            BNB_UNROLL
+            for (int v = 0; v < kVectors; ++v)
+                w[v] = Arithmetic::load_cells(cells + v * W);
+            BNB_UNROLL
+            for (int t = 0; t < kTokens; ++t) {
+                const auto x = Arithmetic::broadcast(a + t * stride);
+                BNB_UNROLL
+                for (int v = 0; v < kVectors; ++v)
+                    acc[t][v] = Arithmetic::dot(w[v], x, acc[t][v]);
+            }
+        }
         BNB_UNROLL
-        for (int v = 0; v < kVectors; ++v)
-            store(sums + (t * kVectors + v) * W, acc[t][v]);
-    }
+        for (int t = 0; t < kTokens; ++t) {
+            BNB_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                float* sum = sums + (t * kVectors + v) * W;
+                store(sum, is_first ? acc[t][v] : add(load(sum), acc[t][v]));
+            }
+        }
+        is_first = false;
+        depth -= chain;
+    } while (depth > 0);
 }
 
 template <typename Arithmetic> struct PanelTiles {

@@ -22,9 +22,10 @@
 //   load_nibbles(p)                 W codes from W / 2 bytes, high nibble first. Bits above the fourth are undefined: only lookup16 may use them
 //   store_nibbles(p, a, b)          W bytes from 2 * W codes below 16
 //   load_16bit(p), load_32bit(p)    W little-endian integers of that width, widened to 32 bits; p needs no alignment
+//   shift_right_by(i, n)            shift_right by a count known at run time only
 //   low_nibbles(i)                  i fit for lookup16, whatever stands above the fourth bit
 //   scaled(t, f)                    a Table16 with every entry multiplied by f
-//   reduce_add_each(v)              lane i is the sum of the lanes of v[i], for W vectors
+//   reduce_add_4(v, out)            out[i] is the sum of the lanes of v[i], for four vectors
 //   load_columns(p, stride, rows, columns, out)
 //                                   a transposition: lane i of out[j] is the 32-bit word j at p + i * stride, for W columns. Lanes from `rows` on repeat
 //                                   the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
@@ -38,6 +39,21 @@
 
 // Static for the reason given at BNB_HD.
 #define BNB_INLINE BNB_HD
+
+namespace bnb {
+namespace BNB_ISA {
+
+// A hint; any address is allowed.
+BNB_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
+} // namespace BNB_ISA
+} // namespace bnb
 
 #if defined(BNB_SIMD_AVX512)
 #include "simd_avx512.h"

@@ -161,6 +161,7 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
 
 BNB_INLINE I32 load_16bit(const uint8_t* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 BNB_INLINE I32 load_32bit(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+BNB_INLINE I32 shift_right_by(I32 a, int n) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 BNB_INLINE I32 low_nibbles(I32 a) { return a; }
 
 BNB_INLINE Table16 scaled(Table16 table, float scale) {
@@ -168,10 +169,9 @@ BNB_INLINE Table16 scaled(Table16 table, float scale) {
     return {_mm256_mul_ps(table.low, s), _mm256_mul_ps(table.high, s)};
 }
 
-BNB_INLINE F32 reduce_add_each(const F32* v) {
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0].v, v[1].v), _mm256_hadd_ps(v[2].v, v[3].v));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4].v, v[5].v), _mm256_hadd_ps(v[6].v, v[7].v));
-    return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+BNB_INLINE void reduce_add_4(const F32* v, float* out) {
+    const __m256 two = _mm256_hadd_ps(_mm256_hadd_ps(v[0].v, v[1].v), _mm256_hadd_ps(v[2].v, v[3].v));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 }
 
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {

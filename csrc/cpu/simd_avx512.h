@@ -143,26 +143,17 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
 
 BNB_INLINE I32 load_16bit(const uint8_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 BNB_INLINE I32 load_32bit(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+BNB_INLINE I32 shift_right_by(I32 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 BNB_INLINE I32 low_nibbles(I32 a) { return a; }
 BNB_INLINE Table16 scaled(Table16 table, float scale) { return {_mm512_mul_ps(table.v, _mm512_set1_ps(scale))}; }
 
-// Four steps of a 16 x 16 transposition, each followed by an addition that halves the number of vectors.
-BNB_INLINE F32 reduce_add_each(const F32* v) {
-    __m512 quarter[4];
-    for (int i = 0; i < 4; ++i) {
-        __m512d half[2];
-        for (int j = 0; j < 2; ++j) {
-            const __m512 a = v[4 * i + 2 * j].v, b = v[4 * i + 2 * j + 1].v;
-            half[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        }
-        const __m512 even = _mm512_castpd_ps(_mm512_unpacklo_pd(half[0], half[1]));
-        const __m512 odd = _mm512_castpd_ps(_mm512_unpackhi_pd(half[0], half[1]));
-        quarter[i] = _mm512_add_ps(even, odd); // each 128-bit part holds the partial sums of v[4 i .. 4 i + 3]
-    }
-    const auto add_neighbours = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return {add_neighbours(add_neighbours(quarter[0], quarter[1]), add_neighbours(quarter[2], quarter[3]))};
+// A transposition of four lanes by four, and additions that make one vector of four and then one part of four.
+BNB_INLINE void reduce_add_4(const F32* v, float* out) {
+    const auto halve = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))); };
+    const __m512d a = halve(v[0].v, v[1].v), b = halve(v[2].v, v[3].v);
+    const __m512 parts = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(parts), _mm512_extractf32x8_ps(parts, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 }
 
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {

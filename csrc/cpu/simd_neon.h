@@ -157,6 +157,7 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
 
 BNB_INLINE I32 load_16bit(const uint8_t* p) { return {vmovl_u16(vreinterpret_u16_u8(vld1_u8(p)))}; }
 BNB_INLINE I32 load_32bit(const uint8_t* p) { return {vreinterpretq_u32_u8(vld1q_u8(p))}; }
+BNB_INLINE I32 shift_right_by(I32 a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(-n))}; }
 BNB_INLINE I32 low_nibbles(I32 a) { return {vandq_u32(a.v, vdupq_n_u32(15))}; }
 
 BNB_INLINE Table16 scaled(Table16 table, float scale) {
@@ -165,7 +166,9 @@ BNB_INLINE Table16 scaled(Table16 table, float scale) {
     return table;
 }
 
-BNB_INLINE F32 reduce_add_each(const F32* v) { return {vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))}; }
+BNB_INLINE void reduce_add_4(const F32* v, float* out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v)));
+}
 
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     uint32x4_t a[4];

@@ -123,6 +123,7 @@ BNB_INLINE I32 load_32bit(const uint8_t* p) {
     return r;
 }
 
+BNB_INLINE I32 shift_right_by(I32 a, int n) { BNB_EACH(I32, a.v[i] >> n); }
 BNB_INLINE I32 low_nibbles(I32 a) { return a; }
 
 BNB_INLINE Table16 scaled(const Table16& table, float scale) {
@@ -132,7 +133,10 @@ BNB_INLINE Table16 scaled(const Table16& table, float scale) {
     return r;
 }
 
-BNB_INLINE F32 reduce_add_each(const F32* v) { BNB_EACH(F32, reduce_add(v[i])); }
+BNB_INLINE void reduce_add_4(const F32* v, float* out) {
+    for (int i = 0; i < 4; ++i)
+        out[i] = reduce_add(v[i]);
+}
 
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     for (int i = 0; i < W; ++i) {
