@@ -1,0 +1,152 @@
+"""Paged memory and what native calls need to know of a tensor, with a library made of host memory in place of a GPU's."""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bitsandbytes import devices, paging
+from bitsandbytes import functional as F
+
+
+class HostLibrary(dict):
+    """The four functions of a GPU build, on host memory; records the calls of ``cprefetch``."""
+
+    def __init__(self):
+        super().__init__(cfill_fp32=self.fill(ctypes.c_float), cfill_uint8=self.fill(ctypes.c_uint8), c_mul_fp32=self.mul)
+        self.buffers, self.prefetched = [], []
+
+    def cget_managed_ptr(self, size):
+        self.buffers.append(ctypes.create_string_buffer(size.value))
+        return ctypes.addressof(self.buffers[-1])
+
+    def cprefetch(self, address, size, device):
+        self.prefetched.append((address.value, size.value, device.value))
+
+    @staticmethod
+    def fill(c_type):
+        def call(A, B, value, n):
+            assert B is None and isinstance(value, c_type)
+            (c_type * n.value).from_address(A.value)[:] = [value.value] * n.value
+
+        return call
+
+    @staticmethod
+    def mul(A, B, value, n):
+        a, b = ((ctypes.c_float * n.value).from_address(pointer.value) for pointer in (A, B))
+        a[:] = [x * y for x, y in zip(a, b)]
+
+
+@pytest.fixture
+def library(monkeypatch):
+    host = HostLibrary()
+    monkeypatch.setattr(paging, "lib", host)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    return host
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_paged_tensor_is_a_cpu_tensor_over_managed_memory(library, dtype):
+    tensor = F.get_paged(3, 5, dtype=dtype, device=torch.device("cuda", 1))
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((3, 5), dtype, "cpu")
+    assert (tensor.is_paged, tensor.page_deviceid) == (True, 1)
+    assert len(library.buffers[0]) == tensor.nbytes
+    F.fill(tensor, 7)
+    assert (tensor == 7).all()
+    assert library.prefetched == [(tensor.data_ptr(), tensor.nbytes, 1)]
+
+
+def test_prefetching_goes_to_the_device_or_the_host(library):
+    tensor = F.get_paged(4)
+    F.prefetch_tensor(tensor)
+    F.prefetch_tensor(tensor, to_cpu=True)
+    assert [device for _, _, device in library.prefetched] == [0, -1]
+
+
+def test_only_paged_tensors_can_be_prefetched(library):
+    with pytest.raises(ValueError, match="get_paged"):
+        F.prefetch_tensor(torch.zeros(4))
+    assert library.prefetched == []
+
+
+def test_all_tensors_are_prefetched_newest_first(library, monkeypatch):
+    manager = F.GlobalPageManager.get_instance()
+    assert manager is F.GlobalPageManager.get_instance()
+    tensors = [F.get_paged(4) for _ in range(3)]
+    monkeypatch.setattr(manager, "paged_tensors", tensors)
+    manager.prefetch_all(to_cpu=True)
+    assert [address for address, _, _ in library.prefetched] == [t.data_ptr() for t in reversed(tensors)]
+
+
+def test_elementwise_product(library):
+    a, b = F.get_paged(4), F.get_paged(4)
+    F.fill(a, 3.0)
+    F.fill(b, 0.5, prefetch=False)
+    F._mul(a, b)
+    assert a.tolist() == [1.5] * 4
+
+
+def test_ordinary_tensors_are_filled_and_multiplied_too():
+    a = torch.zeros(4)
+    F.fill(a, 3.0)
+    F._mul(a, torch.full((4,), 2.0))
+    assert a.tolist() == [6.0] * 4
+
+
+def test_elementwise_functions_refuse_what_they_would_misread(library):
+    tensor = F.get_paged(4)
+    with pytest.raises(NotImplementedError, match="float16"):
+        F.elementwise_func("fill", torch.zeros(4, dtype=torch.float16), None, 0.0)
+    for other in (F.get_paged(3), F.get_paged(4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="one type and size"):
+            F.elementwise_func("_mul", tensor, other, 0.0)
+
+
+def test_empty_paged_tensors_are_refused(library):
+    with pytest.raises(ValueError, match="at least one element"):
+        F.get_paged(0, 4)
+
+
+def test_exhausted_memory_is_reported(monkeypatch):
+    monkeypatch.setattr(paging, "lib", SimpleNamespace(cget_managed_ptr=lambda size: None))
+    with pytest.raises(RuntimeError, match="16 bytes of managed memory"):
+        F.get_paged(4)
+
+
+@pytest.mark.parametrize("singleton", [F.GlobalPageManager, F.CUBLAS_Context])
+def test_singletons_are_asked_for(singleton):
+    with pytest.raises(RuntimeError, match="get_instance"):
+        singleton()
+
+
+def test_blas_handles_are_made_once_a_device(monkeypatch):
+    made = []
+
+    def get_context():
+        made.append(0x1000)
+        return made[-1]
+
+    monkeypatch.setattr(devices, "lib", SimpleNamespace(get_context=get_context))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
+    contexts = F.CUBLAS_Context.get_instance()
+    monkeypatch.setattr(contexts, "context", {})
+    handles = [contexts.get_context(torch.device("cuda", 3)) for _ in range(2)]
+    assert handles[0] is handles[1] and handles[0].value == 0x1000 and made == [0x1000]
+
+
+def test_pointers():
+    assert F.get_ptr(None) is None
+    tensor = torch.zeros(4)
+    assert F.get_ptr(tensor[1:]).value == tensor.data_ptr() + 4
+
+
+def test_tensors_must_share_a_device():
+    here, there = torch.zeros(1), torch.zeros(1, device="meta")
+    paged = torch.zeros(1)
+    paged.is_paged = True
+    assert F.is_on_gpu([]) is F.is_on_gpu([here, None, here]) is F.is_on_gpu([there, paged]) is True
+    with pytest.raises(RuntimeError, match="same device, but they are on cpu, meta"):
+        F.is_on_gpu([here, there])
+    with pytest.raises(RuntimeError, match="same GPU"):
+        F.is_on_gpu([SimpleNamespace(device=torch.device("cuda", i)) for i in range(2)])
