@@ -248,7 +248,10 @@ class _Reader:
             value = value.item()
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"{key!r} must be a number, got {value!r}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{key!r} must fit a float, got an integer of {value.bit_length()} bits") from error
 
     def dtype(self, key: str) -> torch.dtype:
         value = self._get(key)
