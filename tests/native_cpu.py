@@ -74,7 +74,8 @@ class Guarded:
 
     def check(self) -> torch.Tensor:
         assert (self.bytes[:GUARD] == 0xA5).all() and (self.bytes[-GUARD:] == 0xA5).all(), "wrote outside the output"
-        return torch.from_numpy(self.bytes[GUARD:-GUARD].copy()).view(self.dtype)
+        words = self.bytes[GUARD:-GUARD].copy().view(f"i{self.dtype.itemsize}")
+        return torch.from_numpy(words).view(self.dtype)
 
 
 def block_count(n: int, blocksize: int) -> int:
