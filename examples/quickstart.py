@@ -18,8 +18,10 @@ import codecs
 import contextlib
 import io
 import math
+import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -227,6 +229,11 @@ def one_line(text: str, width: int = 90) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def shown(path: Path) -> str:
+    """A path as seen from the current folder."""
+    return os.path.relpath(path)
+
+
 def say(step: str) -> None:
     """Announce a step on a line of its own."""
     print(f"[{time.perf_counter() - START:5.0f} s] {step}", flush=True)
@@ -242,6 +249,7 @@ def main() -> None:
     text_tokens, new_tokens, steps = (2048, 24, 12) if quick else (8192, 64, 30)
     evaluate_after = steps // 2
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls names that transformers renames
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     OUTPUT.mkdir(exist_ok=True)
@@ -269,10 +277,10 @@ def main() -> None:
 
     say(f"fine-tuning: {steps} steps, with an evaluation after step {evaluate_after}")
     beginning = tokenizer(BEGINNING, return_tensors="pt")["input_ids"][0]
-    before = tokenizer.decode(generate(reloaded, beginning, max_new_tokens=20))
+    before = tokenizer.decode(generate(reloaded, beginning, max_new_tokens=20), skip_special_tokens=True)
     tuned = add_adapter(reloaded)
     losses = fine_tune(tuned, zen, steps, evaluate_after, english[:WINDOW], "with evaluation")
-    after = tokenizer.decode(generate(tuned.eval(), beginning, max_new_tokens=20))
+    after = tokenizer.decode(generate(tuned.eval(), beginning, max_new_tokens=20), skip_special_tokens=True)
     draw(losses, evaluate_after, OUTPUT / "loss.png")
 
     say("fine-tuning again, without the evaluation")
@@ -290,9 +298,9 @@ def main() -> None:
     print(f"\nQ: {QUESTION}")
     for label, result in measured.items():
         print(f"   {label:5} {one_line(result.answer)}")
-    print(f"\nquantised checkpoint       {on_disk:.0f} MB in {nf4_folder}")
-    print(f"LoRA loss                  {losses[0]:.2f} -> {losses[-1]:.2f}, curve in {OUTPUT / 'loss.png'}")
-    print(f'"...{one_line(BEGINNING)[-30:]}" continues\n   before   {one_line(before)}\n   after    {one_line(after)}\n')
+    print(f"\nquantised checkpoint       {on_disk:.0f} MB in {shown(nf4_folder)}")
+    print(f"LoRA loss                  {losses[0]:.2f} -> {losses[-1]:.2f}, curve in {shown(OUTPUT / 'loss.png')}")
+    print(f"\nContinue: {one_line(BEGINNING)}\n   before   {one_line(before)}\n   after    {one_line(after)}\n")
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO ':4} {claim}")
     say("done")
