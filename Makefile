@@ -28,6 +28,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests
 
 build: $(VENV)/.package
+	@$(BIN)/python -c 'import bitsandbytes as bnb; print("bitsandbytes", bnb.__version__, "in", bnb.__path__[0])'
+	@ls bitsandbytes/libbitsandbytes_* 2>/dev/null || true
 
 benchmark: $(VENV)/.quickstart
 	$(BIN)/python benchmarking/cpu_benchmark.py $(if $(PUBLISHED_PYTHON),--published $(PUBLISHED_PYTHON)) $(BENCHMARK_FLAGS)
