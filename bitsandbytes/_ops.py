@@ -60,12 +60,20 @@ def _declare(schema: str, check: Callable, result: Callable | None = None, fake:
 
 def _define(name: str, signature: str, check: Callable, fake: Callable) -> None:
     def checked_fake(*args, **kwargs):
-        check(*args, **kwargs)
+        try:
+            check(*args, **kwargs)
+        except AttributeError as error:
+            raise _missing_tensor(name, error) from error
         return fake(*args, **kwargs)
 
     _CHECKS[name] = check
     torch.library.define(f"{NAMESPACE}::{name}", signature)
     register_fake(f"{NAMESPACE}::{name}")(checked_fake)
+
+
+def _missing_tensor(name: str, error: AttributeError) -> TypeError:
+    """The dispatcher lets None pass for any tensor, so that a check is the first to ask it for a dtype."""
+    return TypeError(f"{name}: a tensor is needed where None was given ({error})")
 
 
 def _empty(like: torch.Tensor, shape, dtype) -> torch.Tensor:
@@ -101,7 +109,10 @@ def implement(name: str, device: str) -> Callable:
 
     def register(kernel: Callable) -> Callable:
         def checked_kernel(*args, **kwargs):
-            check(*args, **kwargs)
+            try:
+                check(*args, **kwargs)
+            except AttributeError as error:
+                raise _missing_tensor(name, error) from error
             return kernel(*args, **kwargs)
 
         register_kernel(f"{NAMESPACE}::{name}", device)(checked_kernel)
@@ -205,7 +216,7 @@ def _require_packed(op: str, name: str, packed, count) -> None:
     """A buffer of any storage dtype that must hold ``count`` 4-bit codes."""
     if packed.dtype not in STORAGE_DTYPES:
         _fail(f"{op}: {name} must be uint8, float16, bfloat16 or float32 storage, got {packed.dtype}")
-    capacity = packed.nbytes * 2
+    capacity = packed.numel() * packed.element_size() * 2  # not nbytes, which symbolic sizes lack
     if capacity < count:
         _fail(f"{op}: {name} holds {capacity} 4-bit codes, {count} are needed")
 
@@ -278,37 +289,42 @@ _declare(
 # ----------------------------------------------------------------------------------------------------------- 4-bit multiplication
 
 
-def _check_product_shapes(op, A, B, shapeB):
+def _check_product_shapes(op, A, B, shapeB, features):
+    """A's last dimension is the weight's dimension ``features``: 1 for the forward product, 0 for the backward one."""
     if len(shapeB) != 2:
         _fail(f"{op}: shapeB must be (out_features, in_features), got {tuple(shapeB)}")
     _require_shape(op, shapeB)
     _require_float(op, "A", A.dtype)
     if A.dim() < 1:
         _fail(f"{op}: A must have at least one dimension")
-    N, K = shapeB
-    if A.shape[-1] != K:
-        _fail(f"{op}: A has {A.shape[-1]} features in its last dimension, the weight expects {K}")
-    _require_packed(op, "B", B, N * K)
+    if A.shape[-1] != shapeB[features]:
+        _fail(f"{op}: A has {A.shape[-1]} features in its last dimension, the weight {tuple(shapeB)} expects {shapeB[features]}")
+    _require_packed(op, "B", B, shapeB[0] * shapeB[1])
 
 
 def _check_gemm_4bit(
     A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
 ):  # fmt: skip
     op = "gemm_4bit"
-    _require_4bit_format(op, blocksize, quant_type)
-    _check_product_shapes(op, A, B, shapeB)
-    N, K = shapeB
-    if absmax_8bit is None:
-        _require_absmax(op, absmax, N * K, blocksize)
-        _same_device(op, A, B, absmax, bias)
-    else:
-        _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, blocks(N * K, blocksize))
-        _same_device(op, A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
+    _check_product_shapes(op, A, B, shapeB, features=1)
+    _check_4bit_weight(op, A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
     if bias is not None:
-        if bias.dim() != 1 or bias.shape[0] != N:
-            _fail(f"{op}: bias must have shape ({N},), got {tuple(bias.shape)}")
+        if bias.dim() != 1 or bias.shape[0] != shapeB[0]:
+            _fail(f"{op}: bias must have shape ({shapeB[0]},), got {tuple(bias.shape)}")
         if bias.dtype != A.dtype:
             _fail(f"{op}: bias must have the dtype of A, {A.dtype}, got {bias.dtype}")
+        _same_device(op, A, bias)
+
+
+def _check_4bit_weight(op, A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset):
+    _require_4bit_format(op, blocksize, quant_type)
+    count = shapeB[0] * shapeB[1]
+    if absmax_8bit is None:
+        _require_absmax(op, absmax, count, blocksize)
+        _same_device(op, A, B, absmax)
+    else:
+        _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, blocks(count, blocksize))
+        _same_device(op, A, B, absmax, absmax_8bit, absmax_code, absmax_offset)
 
 
 def _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, count):
@@ -330,10 +346,25 @@ _declare(
 )
 
 
+def _check_gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=None, absmax_code=None, absmax_offset=None):
+    op = "gemm_4bit_backward"
+    _check_product_shapes(op, A, B, shapeB, features=0)
+    _check_4bit_weight(op, A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
+
+
+# Gradient of gemm_4bit with respect to its input: A [..., out_features] times the weight as it stands. Not a published operator.
+_declare(
+    "gemm_4bit_backward(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    _check_gemm_4bit_backward,
+    result=lambda A, B, shapeB, *args, **kwargs: ((*A.shape[:-1], shapeB[1]), A.dtype),
+)
+
+
 def _check_gemv_4bit(A, B, shapeB, absmax, code, blocksize):
     op = "gemv_4bit"
     _require_4bit_format(op, blocksize)
-    _check_product_shapes(op, A, B, shapeB)
+    _check_product_shapes(op, A, B, shapeB, features=1)
     if is_cpu_layout(absmax):
         require_layout_holds(shapeB, blocksize)
         _require_size(op, "absmax", absmax, shapeB[0] * shapeB[1] // blocksize)
@@ -558,9 +589,11 @@ _declare(
 # ------------------------------------------------------------------------------------------------------------------ optimizers
 
 
-def _check_optimizer(op, name, g, p, states, state_dtype):
+def _check_optimizer(op, name, g, p, states, state_dtype, step):
     if name not in OPTIMIZER_STATES:
         raise ValueError(f"{op}: unknown optimizer {name!r}; choose one of {sorted(OPTIMIZER_STATES)}")
+    if step < 1:
+        _fail(f"{op}: steps are counted from 1, got step {step}")
     _require_float(op, "g", g.dtype)
     if g.dtype != p.dtype:
         _fail(f"{op}: gradient and parameter must have one dtype, got {g.dtype} and {p.dtype}")
@@ -585,7 +618,7 @@ def _check_optimizer_update_32bit(
     gnorm_scale, skip_zeros=False,
 ):  # fmt: skip
     op = "optimizer_update_32bit"
-    _check_optimizer(op, optimizer_name, g, p, (state1, state2), torch.float32)
+    _check_optimizer(op, optimizer_name, g, p, (state1, state2), torch.float32, step)
     if unorm_vec is not None:
         _require_dtype(op, "unorm_vec", unorm_vec, (torch.float32,))
         _require_at_least(op, "unorm_vec", unorm_vec, 1)
@@ -608,7 +641,7 @@ def _check_optimizer_update_8bit_blockwise(
     gnorm_scale, skip_zeros=False,
 ):  # fmt: skip
     op = "optimizer_update_8bit_blockwise"
-    _check_optimizer(op, optimizer_name, g, p, (state1, state2), torch.uint8)
+    _check_optimizer(op, optimizer_name, g, p, (state1, state2), torch.uint8, step)
     for i, (qmap, absmax) in enumerate(((qmap1, absmax1), (qmap2, absmax2)), 1):
         if i > OPTIMIZER_STATES[optimizer_name]:
             continue

@@ -28,6 +28,11 @@ BNB_API int32_t bnb_cpu_gemm_4bit(const void* A, const uint8_t* B, const float* 
                                   const float* absmax_offset, const void* bias, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize,
                                   int32_t quant_type, int32_t dtype, int32_t threads);
 
+// out[M, K] = A[M, N] . dequantised(B)[N, K]: the gradient of the product above with respect to its A.
+BNB_API int32_t bnb_cpu_gemm_4bit_backward(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
+                                           const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize,
+                                           int32_t quant_type, int32_t dtype, int32_t threads);
+
 // Name of the instruction set in use.
 BNB_API const char* bnb_cpu_isa(void);
 

@@ -81,6 +81,25 @@ class CellCache {
     bool known_ = false, usable_ = false;
 };
 
+// Checks the arguments of a 4-bit product and computes it. `width` is the width of its result, `depth` the length of its sums.
+int32_t run_product(int32_t (*kernel)(const GemmArgs4bit&), int64_t width, int64_t depth, GemmArgs4bit args) {
+    if (!is_dtype(args.dtype) || !is_quant_type(args.quant_type) || !is_count(args.M) || !is_count(args.N) || !are_sizes(args.K, args.blocksize) ||
+        args.threads < 0)
+        return kBadArgument;
+    if (args.M == 0 || width == 0)
+        return kOk;
+    const int64_t widest = depth > width ? depth : width;
+    if ((depth != 0 && width > kMostElements / depth) || args.M > kMostElements / widest)
+        return kBadArgument;
+    const bool has_operands = args.A != nullptr && args.B != nullptr && args.absmax != nullptr;
+    const bool has_nested = args.absmax_code != nullptr && args.absmax_offset != nullptr;
+    if (args.out == nullptr || (depth != 0 && !has_operands) || (args.absmax_8bit != nullptr && !has_nested))
+        return kBadArgument;
+    if (args.threads == 0)
+        args.threads = default_threads();
+    return kernel(args);
+}
+
 } // namespace
 } // namespace bnb
 
@@ -153,19 +172,17 @@ int32_t bnb_cpu_dequantize_blockwise(const float* code, const uint8_t* A, const 
 int32_t bnb_cpu_gemm_4bit(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
                           const float* absmax_offset, const void* bias, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize,
                           int32_t quant_type, int32_t dtype, int32_t threads) {
-    if (!is_dtype(dtype) || !is_quant_type(quant_type) || !is_count(M) || !is_count(N) || !are_sizes(K, blocksize) || threads < 0)
-        return kBadArgument;
-    if (M == 0 || N == 0)
-        return kOk;
-    const int64_t widest = K > N ? K : N;
-    if ((K != 0 && N > kMostElements / K) || (widest != 0 && M > kMostElements / widest))
-        return kBadArgument;
-    const bool has_weight = A != nullptr && B != nullptr && absmax != nullptr;
-    if (out == nullptr || (K != 0 && !has_weight) || (absmax_8bit != nullptr && (absmax_code == nullptr || absmax_offset == nullptr)))
-        return kBadArgument;
-    const int allowed = threads != 0 ? threads : default_threads();
-    return kernels().gemm_4bit(GemmArgs4bit{A, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out, M, N, K, blocksize,
-                                            QuantType(quant_type), DType(dtype), allowed});
+    return run_product(kernels().gemm_4bit, N, K,
+                       GemmArgs4bit{A, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out, M, N, K, blocksize, QuantType(quant_type),
+                                    DType(dtype), threads});
+}
+
+int32_t bnb_cpu_gemm_4bit_backward(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
+                                   const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t quant_type,
+                                   int32_t dtype, int32_t threads) {
+    return run_product(kernels().gemm_4bit_backward, K, N,
+                       GemmArgs4bit{A, B, absmax, absmax_8bit, absmax_code, absmax_offset, nullptr, out, M, N, K, blocksize, QuantType(quant_type),
+                                    DType(dtype), threads});
 }
 
 const char* bnb_cpu_isa(void) { return kernels().name; }

@@ -6,6 +6,7 @@
 #include "gemm_4bit_arithmetic.h"
 #include "kernels.h"
 #include "scratch.h"
+#include "threads.h"
 
 #if defined(__clang__)
 #define BNB_UNROLL _Pragma("unroll")
@@ -53,7 +54,7 @@ BNB_INLINE BlockRange blocks_of_rows(const GemmArgs4bit& args, int64_t first_row
 BNB_INLINE int64_t most_blocks(const GemmArgs4bit& args, int64_t rows) { return rows * args.K / args.blocksize + 2; }
 
 // Scales of a range of blocks: where they are, or for nested statistics decoded into `decoded`.
-static const float* block_scales(const GemmArgs4bit& args, BlockRange blocks, float* decoded) {
+[[maybe_unused]] static const float* block_scales(const GemmArgs4bit& args, BlockRange blocks, float* decoded) {
     if (args.absmax_8bit == nullptr)
         return args.absmax + blocks.first;
     const Table256 code = load_table256(args.absmax_code);
@@ -69,6 +70,33 @@ static const float* block_scales(const GemmArgs4bit& args, BlockRange blocks, fl
             out[block] = args.absmax_code[codes[block]] * absmax + offset;
     }
     return decoded;
+}
+
+// The same for a single block.
+BNB_INLINE float block_scale(const GemmArgs4bit& args, int64_t block) {
+    if (args.absmax_8bit == nullptr)
+        return args.absmax[block];
+    return args.absmax_code[args.absmax_8bit[block]] * args.absmax[block >> 8] + args.absmax_offset[0];
+}
+
+// Weights of flat elements [begin, end) in fp32, for any block size and alignment; scale_of(block) gives the scale of a block.
+template <typename ScaleOf> static void dequantize_span(const GemmArgs4bit& args, const ScaleOf& scale_of, int64_t begin, int64_t end, float* out) {
+    const float* levels = levels_of(args.quant_type);
+    const Table16 table = load_table16(levels);
+    for (int64_t i = begin; i < end;) {
+        const int64_t block = i / args.blocksize;
+        const int64_t block_end = smaller(end, (block + 1) * args.blocksize);
+        const float scale = scale_of(block);
+        const auto put_until = [&](int64_t stop) {
+            for (; i < stop; ++i)
+                out[i - begin] = levels[get_nibble(args.B, i)] * scale;
+        };
+        if (i & 1)
+            put_until(i + 1);
+        for (; i + W <= block_end; i += W)
+            store(out + (i - begin), mul(lookup16(table, load_nibbles(args.B + i / 2)), splat(scale)));
+        put_until(block_end);
+    }
 }
 
 // out[i] = sums[i] + bias[i] in fp32, rounded once. `bias` may be null; sums are readable up to a multiple of W.
@@ -95,6 +123,32 @@ struct TokenTiles {
     int64_t begin(int64_t tile) const { return tile * base + smaller(tile, extra); }
     int64_t size(int64_t tile) const { return base + (tile < extra ? 1 : 0); }
 };
+
+// Waking and joining a thread costs about as long as this many products.
+constexpr int64_t kProductsPerThread = int64_t(1) << 20;
+
+// Calls function(begin, end) -> Status on ranges of [0, count).
+template <typename Function> static int32_t try_parallel(int64_t count, int64_t grain, int threads, const Function& function) {
+    SharedStatus status;
+    parallel_for(count, grain, threads, [&](int64_t begin, int64_t end, int) { status.report(function(begin, end)); });
+    return status.get();
+}
+
+// Calls Product::run<Arithmetic, T>(args) with the arithmetic that this set has for the element type.
+template <typename Product> static int32_t with_arithmetic(const GemmArgs4bit& args) {
+    switch (args.dtype) {
+    case kFloat32:
+        return Product::template run<FloatArithmetic, float>(args);
+    case kFloat16:
+        return Product::template run<FloatArithmetic, Half>(args);
+    default:
+#if defined(BNB_HAS_BFLOAT16_ARITHMETIC)
+        return Product::template run<BFloat16Arithmetic, BFloat16>(args);
+#else
+        return Product::template run<FloatArithmetic, BFloat16>(args);
+#endif
+    }
+}
 
 } // namespace BNB_ISA
 } // namespace bnb

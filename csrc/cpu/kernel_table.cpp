@@ -8,7 +8,7 @@ namespace bnb {
 namespace BNB_ISA {
 
 const KernelTable kernel_table = {
-    BNB_NAME_OF(BNB_ISA), quantize_4bit, dequantize_4bit, quantize_blockwise, dequantize_blockwise, gemm_4bit,
+    BNB_NAME_OF(BNB_ISA), quantize_4bit, dequantize_4bit, quantize_blockwise, dequantize_blockwise, gemm_4bit, gemm_4bit_backward,
 };
 
 } // namespace BNB_ISA

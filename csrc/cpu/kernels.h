@@ -70,6 +70,7 @@ struct KernelTable {
     void (*quantize_blockwise)(const QuantizeArgsBlockwise& args, int64_t first, int64_t last);
     void (*dequantize_blockwise)(const DequantizeArgsBlockwise& args, int64_t first, int64_t last);
     int32_t (*gemm_4bit)(const GemmArgs4bit& args); // splits its work over threads itself; returns a Status
+    int32_t (*gemm_4bit_backward)(const GemmArgs4bit& args); // so does this one; A is [M, N], out is [M, K]
 };
 
 // Every kernel source is compiled with -DBNB_ISA=<name of the set> and lives in the namespace of that name.
@@ -81,6 +82,7 @@ void dequantize_4bit(const DequantizeArgs4bit& args, int64_t first, int64_t last
 void quantize_blockwise(const QuantizeArgsBlockwise& args, int64_t first, int64_t last);
 void dequantize_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last);
 int32_t gemm_4bit(const GemmArgs4bit& args);
+int32_t gemm_4bit_backward(const GemmArgs4bit& args);
 
 extern const KernelTable kernel_table;
 

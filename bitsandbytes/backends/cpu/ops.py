@@ -40,6 +40,7 @@ _dequantize_4bit = _bind("bnb_cpu_dequantize_4bit", _P, _P, _L, _L, _I, _I, _P, 
 _quantize_blockwise = _bind("bnb_cpu_quantize_blockwise", _P, _P, _I, _L, _L, _P, _P, _I)
 _dequantize_blockwise = _bind("bnb_cpu_dequantize_blockwise", _P, _P, _P, _L, _L, _I, _P, _I)
 _gemm_4bit = _bind("bnb_cpu_gemm_4bit", *[_P] * 8, *[_L] * 4, _I, _I, _I)
+_gemm_4bit_backward = _bind("bnb_cpu_gemm_4bit_backward", *[_P] * 7, *[_L] * 4, _I, _I, _I)
 
 
 @_kernel("quantize_4bit")
@@ -107,17 +108,21 @@ def dequantize_blockwise_out(A, absmax, code, blocksize, dtype, out):
     _written(out, lambda buffer: _dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
 
 
+def _nested_pointers(absmax_8bit, absmax_code, absmax_offset):
+    """Addresses of nested statistics, and the tensors behind them, which the caller keeps alive until the call is over."""
+    if absmax_8bit is None:
+        return (None, None, None), None
+    tensors = absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float()
+    return tuple(tensor.data_ptr() for tensor in tensors), tensors
+
+
 @_kernel("gemm_4bit")
 def gemm_4bit(
     A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
 ):  # fmt: skip
     N, K = shapeB
     A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
-    nested = (None, None, None)
-    if absmax_8bit is not None:
-        # Kept in a variable: the pointers are only good as long as the tensors live.
-        statistics = absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float()
-        nested = tuple(t.data_ptr() for t in statistics)
+    nested, _alive = _nested_pointers(absmax_8bit, absmax_code, absmax_offset)
     if bias is not None:
         bias = bias.contiguous()
     out = A.new_empty((*A.shape[:-1], N))
@@ -125,8 +130,21 @@ def gemm_4bit(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, None if bias is None else bias.data_ptr(), out.data_ptr(),
         prod(A.shape[:-1]), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    if status:
-        check_status(status, "gemm_4bit")
+    check_status(status, "gemm_4bit")
+    return out
+
+
+@_kernel("gemm_4bit_backward")
+def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=None, absmax_code=None, absmax_offset=None):
+    N, K = shapeB
+    A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
+    nested, _alive = _nested_pointers(absmax_8bit, absmax_code, absmax_offset)
+    out = A.new_empty((*A.shape[:-1], K))
+    status = _gemm_4bit_backward(
+        A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, out.data_ptr(),
+        prod(A.shape[:-1]), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    check_status(status, "gemm_4bit_backward")
     return out
 
 

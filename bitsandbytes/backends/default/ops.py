@@ -138,6 +138,14 @@ def gemm_4bit(
     return linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype), bias)
 
 
+@implement("gemm_4bit_backward", "default")
+def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=None, absmax_code=None, absmax_offset=None):
+    """A times the dequantised weight, which is rounded to A's dtype first."""
+    if absmax_8bit is not None:
+        absmax = expand_statistics(absmax_8bit, absmax, absmax_code, absmax_offset)
+    return A @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
+
+
 @implement("gemv_4bit", "default")
 def gemv_4bit(A, B, shapeB, absmax, code, blocksize):
     """As ``gemm_4bit`` without bias, for a table of 16 levels of the caller's choice. Also takes weights in the published CPU layout."""
