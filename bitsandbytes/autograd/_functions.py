@@ -31,9 +31,7 @@ class MatMul4Bit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, B, _, bias, state = inputs
-        nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
-        ctx.save_for_backward(B, state.absmax, *nested)
-        ctx.format = (state.shape, state.blocksize, state.quant_type)
+        _save_weight(ctx, B, state)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -41,7 +39,8 @@ class MatMul4Bit(torch.autograd.Function):
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
             with _without_autocast(grad.device.type):
-                grad_A = grad @ _saved_weight(ctx, grad.dtype)
+                product = _backward_product if _is_compiling() else _InputGradient.apply
+                grad_A = product(grad, *_saved_weight(ctx))
         if ctx.needs_input_grad[3]:
             rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
@@ -61,28 +60,66 @@ class MatMul4Bit(torch.autograd.Function):
         return product + bias.movedim(bias_dim, 0).reshape(info.batch_size, *[1] * middle, -1), 0
 
 
-def _saved_weight(ctx, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight, [out_features, in_features], from what the forward pass saved."""
+class _InputGradient(torch.autograd.Function):
+    """``grad @ W``: a function of its own, so that it can be differentiated again. ``apply(grad, B, quant_state)``."""
+
+    @staticmethod
+    def forward(grad, B, quant_state):
+        return _backward_product(grad, B, quant_state)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save_weight(ctx, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        B, state = _saved_weight(ctx)
+        return MatMul4Bit.apply(grad, B, None, None, state), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, grad, B, quant_state):
+        return _InputGradient.apply(grad.movedim(in_dims[0], 0), B, quant_state), 0
+
+
+def _save_weight(ctx, B: torch.Tensor, state: QuantState) -> None:
+    nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
+    ctx.save_for_backward(B, state.absmax, *nested)
+    ctx.format = (state.shape, state.blocksize, state.quant_type)
+
+
+def _saved_weight(ctx) -> tuple[torch.Tensor, QuantState]:
+    """The packed weight and its state, from what the forward pass saved."""
     B, absmax, *nested = ctx.saved_tensors
     shape, blocksize, quant_type = ctx.format
-    state = QuantState(absmax, shape=shape, blocksize=blocksize, quant_type=quant_type, dtype=dtype)
+    offset = state2 = None
     if nested:
-        state.offset, nested_absmax, nested_code = nested
-        state.state2 = QuantState(nested_absmax, code=nested_code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
-        state.nested = True
-    return F.dequantize_4bit(_as_column(B), state)
+        offset, nested_absmax, nested_code = nested
+        state2 = QuantState(nested_absmax, code=nested_code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+    return B, QuantState(absmax, shape=shape, blocksize=blocksize, quant_type=quant_type, offset=offset, state2=state2)
 
 
 def _product(A: torch.Tensor, B: torch.Tensor, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor:
+    """``A @ W.T + bias`` without a gradient."""
     with torch._C.DisableTorchFunctionSubclass():  # a quantised parameter's own dispatch would cost more than a small product
         if not state.nested:
             return invoke("gemm_4bit", A, B, state.shape, state.absmax, state.blocksize, state.quant_type, bias)
-        nested = state.state2
-        if nested.blocksize != NESTED_BLOCKSIZE:
-            raise NotImplementedError(f"nested statistics must be in blocks of {NESTED_BLOCKSIZE}, got {nested.blocksize}")
-        return invoke(
-            "gemm_4bit", A, B, state.shape, nested.absmax, state.blocksize, state.quant_type, bias, state.absmax, nested.code, state.offset
-        )  # fmt: skip
+        absmax, *nested = _nested_statistics(state)
+        return invoke("gemm_4bit", A, B, state.shape, absmax, state.blocksize, state.quant_type, bias, *nested)
+
+
+def _backward_product(grad: torch.Tensor, B: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """``grad @ W`` without a gradient."""
+    with torch._C.DisableTorchFunctionSubclass():
+        absmax, *nested = _nested_statistics(state) if state.nested else (state.absmax,)
+        return invoke("gemm_4bit_backward", grad, B, state.shape, absmax, state.blocksize, state.quant_type, *nested)
+
+
+def _nested_statistics(state: QuantState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """absmax, absmax_8bit, absmax_code, absmax_offset as the operators take them."""
+    inner = state.state2
+    if inner.blocksize != NESTED_BLOCKSIZE:
+        raise NotImplementedError(f"nested statistics must be in blocks of {NESTED_BLOCKSIZE}, got {inner.blocksize}")
+    return inner.absmax, state.absmax, inner.code, state.offset
 
 
 def matmul_4bit(
@@ -119,8 +156,8 @@ def matmul_4bit(
 
     if quant_state.packing_format_for_cpu:
         B, quant_state = F._canonical(B, quant_state)
-    in_features = A.shape[-1] if A.dim() else 0
-    if in_features != shape[1] and in_features == shape[0]:
+    sizes = A.shape
+    if sizes and sizes[-1] != shape[1] and sizes[-1] == shape[0]:
         result = _product_with_transposed(A, B, quant_state, bias)
     elif torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
         result = MatMul4Bit.apply(A, B, None, bias, quant_state)
