@@ -19,7 +19,7 @@ ops = torch.ops.bitsandbytes
 # The matrix of the recorded digests.
 W = sawtooth(65536, 65521, 12289, divisor=64 * 512).view(256, 256)
 
-EXTREMES = st.sampled_from(["random", "all 127", "all -128", "127 by -128"])
+EXTREMES = st.sampled_from(["random", "120 to 127", "all 127", "all -128", "127 by -128"])
 
 
 def int8_matrix(rows, columns, seed=0):
@@ -165,11 +165,15 @@ def test_dequantisation_multiplies_by_the_statistic_first():
     extreme=EXTREMES,
     trusted=st.booleans(),
 )
+@example(rows=3, columns=2, length=5000, extreme="120 to 127", trusted=False)
 @example(rows=3, columns=2, length=131071, extreme="all -128", trusted=False)
 @example(rows=17, columns=8, length=131072, extreme="127 by -128", trusted=True)
 def test_the_product_is_exact(rows, columns, length, extreme, trusted):
     A, B = int8_matrix(rows, length, seed=1), int8_matrix(columns, length, seed=2)
-    if extreme != "random":
+    if extreme == "120 to 127":  # large sums whose last bit counts
+        A.remainder_(8).add_(120)
+        B.remainder_(8).add_(120)
+    elif extreme != "random":
         A.fill_(-128 if extreme == "all -128" else 127)
         B.fill_(127 if extreme == "all 127" else -128)
     with pytest.MonkeyPatch.context() as patch:
