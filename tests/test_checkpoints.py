@@ -11,7 +11,7 @@ from torch import nn
 
 import bitsandbytes as bnb
 from bitsandbytes.nn import Linear4bit, Params4bit
-from tests.helpers import STORAGE_DTYPES, raw_bytes
+from tests.helpers import STORAGE_DTYPES, raw_bytes, run_python
 
 IN, OUT = 96, 48
 
@@ -494,3 +494,38 @@ def test_a_hook_may_take_the_weight_for_itself():
     before = raw_bytes(layer.weight)
     layer.load_state_dict(dense.state_dict())
     assert torch.equal(taken[0], dense.weight) and raw_bytes(layer.weight) == before
+
+
+# ------------------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+def test_a_sharded_model_saves_and_loads_its_statistics():
+    """One process is enough: the parameter is a distributed tensor without the class and attributes of ours."""
+    done = run_python(
+        "import torch, torch.distributed as dist, bitsandbytes as bnb\n"
+        "from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict\n"
+        "from torch.distributed.device_mesh import init_device_mesh\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "mesh, options = init_device_mesh('cpu', (1,)), StateDictOptions(full_state_dict=True)\n"
+        "for storage in (torch.uint8, torch.bfloat16):\n"
+        "    make = lambda: torch.nn.Sequential(bnb.nn.LinearNF4(64, 48, quant_storage=storage).to('cpu'))\n"
+        "    plain, model, x = make(), make(), torch.randn(2, 64, requires_grad=True)\n"
+        "    model.load_state_dict(plain.state_dict())\n"
+        "    fully_shard(model, mesh=mesh)\n"
+        "    y = model(x)\n"
+        "    y.sum().backward()\n"
+        "    assert torch.equal(y, plain(x)) and x.grad is not None\n"
+        "    saved = get_model_state_dict(model, options=options)\n"
+        "    assert saved.keys() == plain.state_dict().keys(), saved.keys()\n"
+        "    other = make()\n"
+        "    other.load_state_dict(saved)\n"
+        "    assert torch.equal(other(x), y)\n"
+        "    sharded = fully_shard(make(), mesh=mesh)\n"
+        "    set_model_state_dict(sharded, saved, options=options)\n"
+        "    assert torch.equal(sharded(x), y)\n"
+        "dist.destroy_process_group()\n"
+        "print('fine')\n"
+    )
+    assert done.stdout.strip() == "fine", done.stderr

@@ -52,8 +52,23 @@ def save_4bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
         return
     if state.packing_format_for_cpu:
         destination[prefix + "weight"], state = functional._canonical(layer.weight.detach(), state)
-    for name, tensor in state.as_dict(packed=True).items():
+    statistics = state.as_dict(packed=True)
+    if _is_sharded(layer.weight):
+        _make_keys_resolvable(layer.weight, state, statistics)
+    for name, tensor in statistics.items():
         destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
+
+
+def _is_sharded(weight: torch.Tensor) -> bool:
+    """Whether FSDP2 put a distributed parameter in place of the layer's own."""
+    return type(weight.data) is not torch.Tensor
+
+
+def _make_keys_resolvable(weight: torch.Tensor, state: QuantState, statistics: dict[str, torch.Tensor]) -> None:
+    """torch.distributed looks every key of a state dict up as a path of attributes, which a sharded parameter lacks."""
+    weight.quant_state = state
+    for name in statistics.keys() - set(PACKED_KEYS):
+        setattr(weight, name, statistics[name])
 
 
 # ------------------------------------------------------------------------------------------------------------------------ reading
@@ -160,7 +175,12 @@ def _read_packed(layer, key: str, codes: torch.Tensor, statistics: dict[str, Any
         found.errors.append(f'the quantised weight "{key}" cannot be loaded: {error}')
         return
     if not assign:  # the layer's tensors must not be the caller's
-        codes, state = codes.to(device, copy=True), copy.deepcopy(state)
+        state = copy.deepcopy(state)
+    if _is_sharded(layer.weight):  # each rank copies its shard of the codes, as of any parameter; the statistics are whole everywhere
+        found.keys.remove(key)
+        found.install = lambda: setattr(layer, "quant_state", state)
+        return
+    codes = codes if assign else codes.to(device, copy=True)
     weight = layer._new_weight(codes, quant_state=state, bnb_quantized=True)
     found.install = lambda: layer._take_weight(weight, assign)
 

@@ -20,6 +20,7 @@ from . import checkpoint, dispatch
 logger = logging.getLogger(__name__)
 
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _autocast_somewhere = torch._C._is_any_autocast_enabled
 
 # Input dtypes that are computed in as they are, unless the layer or autocast says otherwise.
@@ -474,7 +475,7 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):
         if compute_dtype is not x.dtype:
             x = x.to(compute_dtype)
         bias = self._parameters.get("bias")
-        if bias is not None:
+        if bias is not None and (bias.dtype is not compute_dtype or _is_grad_enabled()):
             bias = self._bias_in(compute_dtype, bias)
         result = bnb.matmul_4bit(x, weight, quant_state, bias=bias)
         return result if compute_dtype is result_dtype else result.to(result_dtype)
@@ -543,7 +544,7 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):
     def _bias_in(self, dtype: torch.dtype, bias: torch.Tensor) -> torch.Tensor:
         """The bias in ``dtype``. Outside of training a bias of another dtype is cast for good; every call would pay for it otherwise."""
         in_training = self._bias_in_training
-        if not in_training and bias.requires_grad and torch.is_grad_enabled():
+        if not in_training and bias.requires_grad and _is_grad_enabled():
             self._bias_in_training = True
         if bias.dtype is dtype:
             return bias
