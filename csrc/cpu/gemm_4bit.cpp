@@ -16,8 +16,15 @@ namespace {
 template <typename Arithmetic, int kGranule, typename T> int32_t multiply_dot(const GemmArgs4bit& args) {
     constexpr int64_t kRows = tile_rows(1); // ranges of whole tiles
     const int64_t cost_of_rows = kRows * args.K * (args.M + 3);
-    return try_parallel(ceil_div(args.N, kRows), ceil_div(kProductsPerThread, cost_of_rows), args.threads, [&](int64_t begin, int64_t end) {
-        return dot_rows_of_thread<Arithmetic, kGranule, T>(args, begin * kRows, smaller(args.N, end * kRows));
+    return try_parallel(ceil_div(args.N, kRows), ceil_div(kProductsPerThread, cost_of_rows), args.threads, [&](int64_t begin, int64_t end) -> int32_t {
+        const DotWorker<Arithmetic, kGranule, T> worker(args);
+        if (!worker.is_ready())
+            return kOutOfMemory;
+        worker.pack();
+        const int64_t last = smaller(args.N, end * kRows);
+        for (int64_t row = begin * kRows; row < last; row += kDotGroup)
+            worker.multiply(row, smaller(kDotGroup, last - row));
+        return kOk;
     });
 }
 

@@ -17,23 +17,24 @@ namespace BNB_ISA {
 constexpr bool kManyRegisters = W == 16; // 32 vectors, a table in one of them
 constexpr int kTileTokens = 8;
 constexpr int kMostDotTokens = kManyRegisters ? 40 : 8; // from here on a panel is faster
-constexpr int kDotGroup = 64;               // rows that share one pass over packed activations
+constexpr int kDotGroup = 64;                // rows that share one pass over packed activations
 constexpr int64_t kDotCacheBytes = 32 << 10; // of packed activations in one pass
 
 constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : 2) : (tokens == 1 ? 2 : 1); }
 
-// Accumulators for each row and token: the steps of a granule take turns when there are too few tokens to keep the multipliers busy.
-constexpr int tile_turns(int rows, int tokens) { return rows * tokens <= 4 ? 2 : 1; }
+// Accumulators for each row and token: the steps of a granule take turns when a tile is too small to keep the multipliers busy. The same for the single rows
+// at the end, so that a row's sum does not depend on its neighbours.
+constexpr int tile_turns(int tokens) { return tile_rows(tokens) * tokens <= 4 ? 2 : 1; }
 
 // A stretch of K of a group of rows.
 struct DotSpan {
     const uint8_t* codes; // of the first row, at the start of the stretch
     int64_t row_bytes;
     const float* scales;
-    int64_t position;     // of the first code, counted from the start of the first block in `scales`
+    int64_t position; // of the first code, counted from the start of the first block in `scales`
     int64_t K;
     int log2_blocksize;
-    int64_t length;       // of the stretch
+    int64_t length; // of the stretch
 };
 
 template <typename Arithmetic, int kGranule, int kRows> struct Granules {
@@ -55,7 +56,7 @@ template <typename Arithmetic, int kGranule, int kRows> struct Granules {
 template <typename Arithmetic, int kGranule, int kRows, int kTokens>
 static void dot_tile(const DotSpan& span, Table16 levels, const typename Arithmetic::Activation* x, float* sums) {
     constexpr int kLanes = Arithmetic::kLanes;
-    constexpr int kTurns = tile_turns(kRows, kTokens);
+    constexpr int kTurns = tile_turns(kTokens);
     constexpr int kSums = (kRows * kTokens + 3) / 4 * 4; // reduced four at a time
     F32 acc[kTurns][kSums];
     BNB_UNROLL
@@ -129,50 +130,74 @@ static void pack_activations(const T* a, int64_t K, int64_t tokens, typename Ari
                     out[lane] = Arithmetic::activation(a[t * K + k + source_in_granule<Arithmetic, kGranule>(step, lane)]);
 }
 
-template <typename Arithmetic, int kGranule, typename T> static int32_t dot_rows_of_thread(const GemmArgs4bit& args, int64_t begin, int64_t end) {
-    using Activation = typename Arithmetic::Activation;
-    using RowsFunction = void (*)(DotSpan, int64_t, Table16, const Activation*, float*);
-    static constexpr RowsFunction kRowsFunctions[kTileTokens] = {
-        dot_rows<Arithmetic, kGranule, 1>, dot_rows<Arithmetic, kGranule, 2>, dot_rows<Arithmetic, kGranule, 3>, dot_rows<Arithmetic, kGranule, 4>,
-        dot_rows<Arithmetic, kGranule, 5>, dot_rows<Arithmetic, kGranule, 6>, dot_rows<Arithmetic, kGranule, 7>, dot_rows<Arithmetic, kGranule, 8>,
-    };
-    const int64_t K = args.K;
-    const size_t x_bytes = size_t(args.M * K) * sizeof(Activation), sums_bytes = size_t(args.M) * kDotGroup * sizeof(float);
-    const size_t scales_bytes = args.absmax_8bit != nullptr ? size_t(most_blocks(args, kDotGroup)) * sizeof(float) : 0;
-    Scratch scratch(x_bytes + sums_bytes + scales_bytes + 3 * Scratch::kAlignment);
-    auto* x = static_cast<Activation*>(scratch.take(x_bytes));
-    auto* sums = static_cast<float*>(scratch.take(sums_bytes));
-    auto* decoded = static_cast<float*>(scratch.take(scales_bytes));
-    if (x == nullptr || sums == nullptr || decoded == nullptr)
-        return kOutOfMemory;
+// One thread's rows, with its own copy of the packed activations.
+template <typename Arithmetic, int kGranule, typename T> class DotWorker {
+  public:
+    explicit DotWorker(const GemmArgs4bit& args)
+        : args_(args), tiles_(TokenTiles::of(args.M, kTileTokens)), levels_(load_table16(levels_of(args.quant_type))),
+          log2_blocksize_(log2_of(args.blocksize)), scratch_(packed_bytes() + sums_bytes() + scales_bytes() + 3 * Scratch::kAlignment),
+          packed_(static_cast<Activation*>(scratch_.take(packed_bytes()))), sums_(static_cast<float*>(scratch_.take(sums_bytes()))),
+          decoded_(static_cast<float*>(scratch_.take(scales_bytes()))) {}
 
-    const TokenTiles tiles = TokenTiles::of(args.M, kTileTokens);
-    for (int64_t tile = 0; tile < tiles.count; ++tile)
-        pack_activations<Arithmetic, kGranule>(static_cast<const T*>(args.A) + tiles.begin(tile) * K, K, tiles.size(tile), x + tiles.begin(tile) * K);
+    bool is_ready() const { return packed_ != nullptr && sums_ != nullptr && decoded_ != nullptr; }
 
-    const Table16 levels = load_table16(levels_of(args.quant_type));
-    const int log2_blocksize = log2_of(args.blocksize);
-    const int64_t fitting = kDotCacheBytes / (int64_t(sizeof(Activation)) * tiles.size(0)) / kGranule * kGranule;
-    const int64_t stretch = smaller(fitting, Arithmetic::kChain * Arithmetic::kLanes);
-    const T* bias = static_cast<const T*>(args.bias);
-    for (int64_t row = begin; row < end; row += kDotGroup) {
-        const int64_t rows = smaller(kDotGroup, end - row);
-        const BlockRange blocks = blocks_of_rows(args, row, rows);
-        const float* scales = block_scales(args, blocks, decoded);
-        memset(sums, 0, sums_bytes);
+    void pack() const {
+        for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+            const int64_t offset = tiles_.begin(tile) * args_.K;
+            pack_activations<Arithmetic, kGranule>(static_cast<const T*>(args_.A) + offset, args_.K, tiles_.size(tile), packed_ + offset);
+        }
+    }
+
+    // Rows [row, row + rows), at most kDotGroup.
+    void multiply(int64_t row, int64_t rows) const {
+        const BlockRange blocks = blocks_of_rows(args_, row, rows);
+        const float* scales = block_scales(args_, blocks, decoded_);
+        const int64_t K = args_.K, stretch = most_columns();
+        memset(sums_, 0, sums_bytes());
         for (int64_t k = 0; k < K; k += stretch) {
-            const DotSpan span{args.B + (row * K + k) / 2, K / 2, scales, row * K + k - blocks.first * args.blocksize, K, log2_blocksize,
-                               smaller(stretch, K - k)};
-            for (int64_t tile = 0; tile < tiles.count; ++tile) {
-                const int64_t token = tiles.begin(tile), tokens = tiles.size(tile);
-                kRowsFunctions[tokens - 1](span, rows, levels, x + token * K + k * tokens, sums + token * kDotGroup);
+            const int64_t first = row * K + k;
+            const DotSpan span{args_.B + first / 2, K / 2, scales, first - blocks.first * args_.blocksize, K, log2_blocksize_, smaller(stretch, K - k)};
+            for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+                const int64_t token = tiles_.begin(tile), tokens = tiles_.size(tile);
+                rows_function(tokens)(span, rows, levels_, packed_ + token * K + k * tokens, sums_ + token * kDotGroup);
             }
         }
-        for (int64_t token = 0; token < args.M; ++token)
-            write_row(static_cast<T*>(args.out) + token * args.N + row, sums + token * kDotGroup, bias != nullptr ? bias + row : nullptr, rows);
+        const T* bias = args_.bias != nullptr ? static_cast<const T*>(args_.bias) + row : nullptr;
+        for (int64_t token = 0; token < args_.M; ++token)
+            write_row(static_cast<T*>(args_.out) + token * args_.N + row, sums_ + token * kDotGroup, bias, rows);
     }
-    return kOk;
-}
+
+  private:
+    using Activation = typename Arithmetic::Activation;
+    using RowsFunction = void (*)(DotSpan, int64_t, Table16, const Activation*, float*);
+
+    static RowsFunction rows_function(int64_t tokens) {
+        static constexpr RowsFunction kFunctions[kTileTokens] = {
+            dot_rows<Arithmetic, kGranule, 1>, dot_rows<Arithmetic, kGranule, 2>, dot_rows<Arithmetic, kGranule, 3>, dot_rows<Arithmetic, kGranule, 4>,
+            dot_rows<Arithmetic, kGranule, 5>, dot_rows<Arithmetic, kGranule, 6>, dot_rows<Arithmetic, kGranule, 7>, dot_rows<Arithmetic, kGranule, 8>,
+        };
+        return kFunctions[tokens - 1];
+    }
+
+    // Columns of one stretch: the packed activations of a tile must fit the cache, and sums must stay short.
+    int64_t most_columns() const {
+        const int64_t fitting = kDotCacheBytes / (int64_t(sizeof(Activation)) * tiles_.size(0)) / kGranule * kGranule;
+        return smaller(fitting, Arithmetic::kChain * Arithmetic::kLanes);
+    }
+
+    size_t packed_bytes() const { return size_t(args_.M * args_.K) * sizeof(Activation); }
+    size_t sums_bytes() const { return size_t(args_.M) * kDotGroup * sizeof(float); }
+    size_t scales_bytes() const { return args_.absmax_8bit != nullptr ? size_t(most_blocks(args_, kDotGroup)) * sizeof(float) : 0; }
+
+    const GemmArgs4bit& args_;
+    TokenTiles tiles_;
+    Table16 levels_;
+    int log2_blocksize_;
+    Scratch scratch_;
+    Activation* packed_;
+    float* sums_;
+    float* decoded_;
+};
 
 } // namespace BNB_ISA
 } // namespace bnb
