@@ -386,7 +386,7 @@ def test_model_saved_by_transformers_and_published_library_loads_by_from_pretrai
     folder = shutil.copytree(GOLDEN / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("logits*"))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
     assert_logits(model)
-    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "again", save_original_format=False)  # transformers cannot undo its own conversion of 4-bit weights
     again, recorded = load_file(tmp_path / "again" / "model.safetensors"), load_file(GOLDEN / "llama" / "model.safetensors")
     assert set(again) == set(recorded)
     for key, tensor in recorded.items():
