@@ -18,7 +18,8 @@ IN, OUT = 96, 48
 
 def make(quant_type="nf4", nested=True, storage=torch.uint8, blocksize=64, bias=True, device="cpu") -> Linear4bit:
     """A layer with random values; quantised, unless ``device`` is None or "meta"."""
-    layer = Linear4bit(IN, OUT, bias, quant_type=quant_type, compress_statistics=nested, quant_storage=storage, device="meta" if device == "meta" else None)
+    created_on = "meta" if device == "meta" else None
+    layer = Linear4bit(IN, OUT, bias, quant_type=quant_type, compress_statistics=nested, quant_storage=storage, device=created_on)
     layer.weight.blocksize = blocksize
     return layer if device in (None, "meta") else layer.to(device)
 
