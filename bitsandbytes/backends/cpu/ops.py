@@ -11,7 +11,7 @@ import torch
 
 from ... import codebooks
 from ..._ops import blocks, implement, packed_length
-from ...cextension import BNBNativeLibrary, ErrorHandlerMockBNBNativeLibrary, check_status, lib
+from ...cextension import check_status, lib
 from ...packing import from_cpu_layout, is_cpu_layout
 from ..default import ops as reference
 
@@ -27,8 +27,8 @@ def _bind(name: str, *argtypes):
     return function
 
 
-# Without a native library the functions below still exist, unregistered, and the reference serves the CPU.
-_available = isinstance(lib, BNBNativeLibrary) and not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+# Without a native library that has the kernels the functions below still exist, unregistered, and the reference serves the CPU.
+_available = isinstance(getattr(lib, "_lib", None), ct.CDLL) and hasattr(lib._lib, "bnb_cpu_gemm_4bit_backward")
 
 
 def _kernel(name: str):
