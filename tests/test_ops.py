@@ -25,6 +25,7 @@ from strategies import float_dtypes, float_tensors
 
 ops = torch.ops.bitsandbytes
 
+# All published, with these schemas, but for gemm_4bit_backward.
 SCHEMAS = """
 int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)
 int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None) -> Tensor
@@ -44,6 +45,8 @@ dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, Sc
 quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)
 gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor
 gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, Tensor! out) -> ()
+gemm_4bit_backward(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? absmax_8bit=None,
+  Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor
 optimizer_update_32bit(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, Tensor(a4!)? unorm_vec,
   float max_unorm, float param_norm, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, int step, float lr,
   float gnorm_scale, bool skip_zeros=False) -> ()
@@ -131,6 +134,16 @@ def calls_of_gemm_4bit():
     yield (bell(2 * 33).reshape(2, 33), packed, [5, 33], absmax, 64, "fp4"), {"bias": bell(5)}
     packed, absmax = weight()
     yield (bell(128 * 3).reshape(128, 3).t(), packed, [24, 128], absmax, 64, "nf4"), {}
+
+
+def calls_of_gemm_4bit_backward():
+    for dtype in FLOAT_DTYPES:
+        for lead in ((), (5,), (2, 3), (0,)):
+            packed, absmax = weight()
+            grad = bell(torch.Size((*lead, 24)).numel()).reshape(*lead, 24).to(dtype)
+            yield (grad, packed, [24, 128], absmax, 64, "nf4"), {}
+    packed, absmax, statistics = nested_weight()
+    yield (bell(3 * 24).reshape(3, 24), packed, [24, 128], absmax, 64, "nf4"), statistics
 
 
 def calls_of_gemv_4bit():
@@ -368,6 +381,21 @@ def test_gemm_4bit_is_the_product_with_the_dequantised_weight(lead, N, K, blocks
     y = ops.gemm_4bit(A, packed, [N, K], *statistics)
     assert y.shape == (*lead, N) and y.dtype == dtype
     assert_within_rounding(y, A, F.dequantize_4bit(packed, state), bias)
+
+
+@given(
+    M=st.sampled_from([0, 1, 2, 5, 17, 33]), N=st.integers(1, 140), K=st.integers(0, 140), blocksize=st.sampled_from(BLOCKSIZES_4BIT),
+    quant_type=st.sampled_from(QUANT_TYPES), storage=st.sampled_from(STORAGE_DTYPES), dtype=float_dtypes, nested=st.booleans(),
+)  # fmt: skip
+def test_gemm_4bit_backward_is_the_product_with_the_weight_untransposed(M, N, K, blocksize, quant_type, storage, dtype, nested):
+    W = bell(N * K, M).reshape(N, K)
+    packed, state = F.quantize_4bit(W, blocksize=blocksize, quant_type=quant_type, quant_storage=storage, compress_statistics=nested)
+    grad = (bell(M * N, 7) + 0.5).reshape(M, N).to(dtype)
+    absmax = state.state2.absmax if nested else state.absmax
+    more = (state.absmax, state.state2.code, state.offset) if nested else ()
+    x = ops.gemm_4bit_backward(grad, packed, [N, K], absmax, blocksize, quant_type, *more)
+    assert x.shape == (M, K) and x.dtype == dtype
+    assert_within_rounding(x, grad, F.dequantize_4bit(packed, state).t(), None)
 
 
 def assert_within_rounding(y, A, W, bias, slack=4):
