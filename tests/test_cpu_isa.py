@@ -288,7 +288,7 @@ def test_8bit_codes_beside_every_threshold(lib, name):
         midpoints = (code[:-1] + code[1:]) * np.float32(0.5)
     within = midpoints[np.abs(midpoints) < 1]
     for largest in (1.0, -0.31):
-        values = np.clip(neighbours(np.append(within, np.float32(0)) * np.float32(abs(largest))), -abs(largest), abs(largest))
+        values = np.clip(neighbours(np.append(within, np.float32([0.0, -0.0])) * np.float32(abs(largest))), -abs(largest), abs(largest))
         for repeats in (1, LONG // values.size + 1):
             assert_quantizes_blockwise(lib, code, in_blocks(np.tile(values, repeats), largest, 256), 256)
 

@@ -57,15 +57,17 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(lib, blocksize):
 
 
 def test_callers_on_several_python_threads_do_not_disturb_each_other(lib):
-    def quantize_repeatedly(seed: int) -> bool:
+    """Each has its own lookup table, rebuilt here at every call because the code changes every time."""
+
+    def quantize_with_changing_codes(seed: int) -> bool:
         rng = np.random.default_rng(seed)
-        code = np.sort(rng.uniform(-1, 1, 256).astype(np.float32))
-        x = torch.from_numpy(rng.standard_normal(100_000).astype(np.float32))
-        expected = model_quantize_blockwise(code, x, 256)[1]
-        return all(np.array_equal(quantize_blockwise(lib, code, x, 256, threads=2)[1], expected) for _ in range(10))
+        x = torch.from_numpy(rng.standard_normal(40_000).astype(np.float32))
+        codes = [np.linspace(-1, 1, 256, dtype=np.float32), np.linspace(-0.9, 1 - seed / 100, 256, dtype=np.float32)]
+        expected = [model_quantize_blockwise(code, x, 256)[1] for code in codes]
+        return all(np.array_equal(quantize_blockwise(lib, codes[i % 2], x, 256)[1], expected[i % 2]) for i in range(100))
 
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(quantize_repeatedly, range(8)))
+        assert all(pool.map(quantize_with_changing_codes, range(8)))
 
 
 @linux_only

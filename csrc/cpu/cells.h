@@ -19,7 +19,8 @@ struct CellTable {
     uint32_t entry[kHighestCell - kLowestCell + 1]; // entry[cell - kLowestCell]
 };
 
-// Bits that are ordered, as signed integers, like the values. Both zeros give 0 when v is first added to +0.
+// Bits that are ordered, as signed integers, like the values. -0 comes between the negative numbers and +0, which is right for v: it lies above every
+// negative threshold and not above zero. A threshold of -0 must be made +0 first.
 BNB_HD int32_t ordered_bits(float v) {
     const int32_t bits = int32_t(float_bits(v));
     return bits ^ int32_t(uint32_t(bits >> 31) >> 1);

@@ -16,7 +16,7 @@ struct ByCell {
     explicit ByCell(const QuantizeArgsBlockwise& args) : entries(args.cells->entry - kLowestCell) {}
 
     inline I32 code(F32 v) const {
-        const I32 raw = bits(add(v, splat(0.0f))); // -0 becomes +0
+        const I32 raw = bits(v);
         const I32 ordered = xor_bits(raw, shift_right<1>(shift_right_signed<31>(raw)));
         const I32 entry = gather(entries, shift_right_signed<16>(ordered));
         return shift_right<16>(add_bits(entry, and_bits(ordered, splat_bits(0xffffu))));
