@@ -103,23 +103,29 @@ def _product(A: torch.Tensor, B: torch.Tensor, state: QuantState, bias: torch.Te
     with torch._C.DisableTorchFunctionSubclass():  # a quantised parameter's own dispatch would cost more than a small product
         if not state.nested:
             return invoke("gemm_4bit", A, B, state.shape, state.absmax, state.blocksize, state.quant_type, bias)
-        absmax, *nested = _nested_statistics(state)
-        return invoke("gemm_4bit", A, B, state.shape, absmax, state.blocksize, state.quant_type, bias, *nested)
+        inner = _inner_state(state)
+        return invoke(
+            "gemm_4bit", A, B, state.shape, inner.absmax, state.blocksize, state.quant_type, bias, state.absmax, inner.code, state.offset
+        )  # fmt: skip
 
 
 def _backward_product(grad: torch.Tensor, B: torch.Tensor, state: QuantState) -> torch.Tensor:
     """``grad @ W`` without a gradient."""
     with torch._C.DisableTorchFunctionSubclass():
-        absmax, *nested = _nested_statistics(state) if state.nested else (state.absmax,)
-        return invoke("gemm_4bit_backward", grad, B, state.shape, absmax, state.blocksize, state.quant_type, *nested)
+        if not state.nested:
+            return invoke("gemm_4bit_backward", grad, B, state.shape, state.absmax, state.blocksize, state.quant_type)
+        inner = _inner_state(state)
+        return invoke(
+            "gemm_4bit_backward", grad, B, state.shape, inner.absmax, state.blocksize, state.quant_type, state.absmax, inner.code, state.offset
+        )  # fmt: skip
 
 
-def _nested_statistics(state: QuantState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """absmax, absmax_8bit, absmax_code, absmax_offset as the operators take them."""
+def _inner_state(state: QuantState) -> QuantState:
+    """The state of nested statistics, in the one block size that the operators know."""
     inner = state.state2
     if inner.blocksize != NESTED_BLOCKSIZE:
         raise NotImplementedError(f"nested statistics must be in blocks of {NESTED_BLOCKSIZE}, got {inner.blocksize}")
-    return inner.absmax, state.absmax, inner.code, state.offset
+    return inner
 
 
 def matmul_4bit(
