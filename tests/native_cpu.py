@@ -23,13 +23,16 @@ GUARD = 64
 # fmt: off
 NF4_LEVELS = np.array([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 ], np.float32)
 NF4_THRESHOLDS = np.array([
     0xBF591CD8, 0xBF1C5270, 0xBEEB8480, 0xBEADEA76, 0xBE703CEC, 0xBE0D38BC, 0xBD3A7871, 0x3D22FAFF,
     0x3DF64862, 0x3E5067E0, 0x3E9582D4, 0x3EC753F9, 0x3F006D04, 0x3F248DAF, 0x3F5C89DA,
 ], np.uint32).view(np.float32)
-FP4_MAGNITUDES = np.array([0x00000000, 0x3BAAAAAB, 0x3F2AAAAB, 0x3F800000, 0x3EAAAAAB, 0x3F000000, 0x3E2AAAAB, 0x3E800000], np.uint32).view(np.float32)
+FP4_MAGNITUDES = np.array([
+    0x00000000, 0x3BAAAAAB, 0x3F2AAAAB, 0x3F800000, 0x3EAAAAAB, 0x3F000000, 0x3E2AAAAB, 0x3E800000,
+], np.uint32).view(np.float32)
 FP4_LEVELS = np.concatenate([FP4_MAGNITUDES, [np.float32(0)], -FP4_MAGNITUDES[1:]])
 FP4_THRESHOLDS = np.array([0x3B2AAAB9, 0x3DB00000, 0x3E555555, 0x3E955555, 0x3ED55556, 0x3F155550, 0x3F555555], np.uint32).view(np.float32)
 FP4_CODE_OF_RANK = np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8)
@@ -160,7 +163,9 @@ def nibbles(packed: np.ndarray, n: int) -> np.ndarray:
 
 def assert_same_bytes(actual: np.ndarray, expected: np.ndarray) -> None:
     wrong = np.flatnonzero(actual != expected)
-    assert wrong.size == 0, f"{wrong.size} of {actual.size} bytes differ, first at {wrong[0]}: got {actual[wrong[0]]:#x}, want {expected[wrong[0]]:#x}"
+    if wrong.size:
+        first = wrong[0]
+        raise AssertionError(f"{wrong.size} of {actual.size} bytes differ, first at {first}: got {actual[first]:#x}, want {expected[first]:#x}")
 
 
 def assert_same_floats(actual, expected) -> None:

@@ -8,6 +8,7 @@ import sys
 
 from native_cpu import (
     DTYPES,
+    FP4_THRESHOLDS,
     LEVELS,
     NF4_THRESHOLDS,
     SETS,
@@ -24,7 +25,6 @@ from native_cpu import (
     quantize_4bit,
     quantize_blockwise,
 )
-from native_cpu import FP4_THRESHOLDS as FP4_POSITIVE
 import numpy as np
 import pytest
 import torch
@@ -182,7 +182,7 @@ def test_4bit_short_inputs_of_every_length_unaligned(lib, dtype, quant_type):
 
 @quant_types
 def test_4bit_codes_beside_every_threshold(lib, quant_type):
-    thresholds = NF4_THRESHOLDS if quant_type == "nf4" else np.concatenate([FP4_POSITIVE, -FP4_POSITIVE])
+    thresholds = NF4_THRESHOLDS if quant_type == "nf4" else np.concatenate([FP4_THRESHOLDS, -FP4_THRESHOLDS])
     for largest in (1.0, -1.0, 0.4371, 3e-30, 7e33):
         values = neighbours(np.concatenate([thresholds, [np.float32(0)]]) * np.float32(abs(largest)))
         for blocksize in (64, 33, 256):
@@ -191,7 +191,7 @@ def test_4bit_codes_beside_every_threshold(lib, quant_type):
 
 @quant_types
 def test_4bit_a_tie_goes_to_the_lower_value_or_magnitude(lib, quant_type):
-    thresholds = NF4_THRESHOLDS if quant_type == "nf4" else np.concatenate([FP4_POSITIVE, -FP4_POSITIVE])
+    thresholds = NF4_THRESHOLDS if quant_type == "nf4" else np.concatenate([FP4_THRESHOLDS, -FP4_THRESHOLDS])
     x = torch.from_numpy(np.concatenate([[np.float32(1)], thresholds, np.zeros(31 - len(thresholds), np.float32)]))
     _, packed = quantize_4bit(lib, x, 32, quant_type)
     expected = range(15) if quant_type == "nf4" else [0, 1, 6, 7, 4, 5, 2, 0, 9, 14, 15, 12, 13, 10]

@@ -32,9 +32,13 @@ def lib():
 def run_program(body: str, threads: int = 4) -> str:
     """Runs a program in a fresh process, where no thread has been started yet. A hang fails after two minutes."""
     tests = Path(__file__).parent
-    program = "import os, numpy, torch, native_cpu as native\nlib = native.load_library()\ncount = lambda: len(os.listdir('/proc/self/task'))\n" + body
+    prologue = """
+import os, numpy, torch, native_cpu as native
+lib = native.load_library()
+count = lambda: len(os.listdir("/proc/self/task"))
+"""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", prologue + body], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

@@ -1,6 +1,8 @@
-// The C interface of the library. Sizes are 64-bit counts of elements; every function returns a Status (common/status.h) and changes nothing when it is not 0.
+// The C interface of the library. Sizes are 64-bit counts of elements; every function returns a Status (common/status.h) and changes nothing when it
+// is not 0.
 //
-// dtype: 0 float32, 1 float16, 2 bfloat16.   quant_type: 1 FP4, 2 NF4.   threads: how many the caller allows, 0 for the default of the OpenMP runtime.
+// dtype: 0 float32, 1 float16, 2 bfloat16.   quant_type: 1 FP4, 2 NF4.   threads: how many the caller allows, 0 for the default of the OpenMP
+// runtime.
 #pragma once
 
 #include "../common/macros.h"

@@ -1,5 +1,5 @@
-// The C names of the published library, for projects that call it through ctypes. Thin forms of the functions in api.h, on the runtime's default number of
-// threads. They return nothing, so bad arguments leave the output untouched.
+// The C names of the published library, for projects that call it through ctypes. Thin forms of the functions in api.h, on the runtime's default
+// number of threads. They return nothing, so bad arguments leave the output untouched.
 #include "api.h"
 
 #include "../common/quantize.h"
@@ -57,8 +57,8 @@ void copy_rows(const BFloat16* from, int64_t from_stride, BFloat16* to, int64_t 
         memcpy(to + row * to_stride, from + row * from_stride, size_t(columns) * sizeof(BFloat16));
 }
 
-void gemv_packed(QuantType quant_type, int64_t M, int64_t N, int64_t K, const BFloat16* x, const uint8_t* weight, const BFloat16* absmax, BFloat16* out,
-                 int64_t blocksize, int64_t x_stride, int64_t out_stride) {
+void gemv_packed(QuantType quant_type, int64_t M, int64_t N, int64_t K, const BFloat16* x, const uint8_t* weight, const BFloat16* absmax,
+                 BFloat16* out, int64_t blocksize, int64_t x_stride, int64_t out_stride) {
     const bool is_shape = M > 0 && N > 0 && K > 0 && blocksize > 0 && N % 32 == 0 && K % 2 == 0 && K % blocksize == 0;
     if (!is_shape || x_stride < K || out_stride < N || x == nullptr || weight == nullptr || absmax == nullptr || out == nullptr)
         return;
@@ -73,8 +73,8 @@ void gemv_packed(QuantType quant_type, int64_t M, int64_t N, int64_t K, const BF
     unpack_row_blocks(weight, N, K, canonical.as<uint8_t>());
     transpose_absmax(absmax, blocks, N, scales.as<float>());
     copy_rows(x, x_stride, rows.as<BFloat16>(), K, M, K);
-    const int32_t status = bnb_cpu_gemm_4bit(rows.data, canonical.as<uint8_t>(), scales.as<float>(), nullptr, nullptr, nullptr, nullptr, result.data, M, N,
-                                             K, blocksize, quant_type, kBFloat16, 0);
+    const int32_t status = bnb_cpu_gemm_4bit(rows.data, canonical.as<uint8_t>(), scales.as<float>(), nullptr, nullptr, nullptr, nullptr, result.data,
+                                             M, N, K, blocksize, quant_type, kBFloat16, 0);
     if (status == 0)
         copy_rows(result.as<BFloat16>(), N, out, out_stride, M, N);
 }

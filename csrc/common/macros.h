@@ -1,8 +1,8 @@
 // Compiler differences, in one place.
 #pragma once
 
-// BNB_HD: a function for the host and, under CUDA or HIP, the device. It is `static` on purpose: the CPU kernels are compiled once for each instruction
-// set, and a shared (weak) copy built with AVX-512 could otherwise be linked into the code that runs on every machine.
+// BNB_HD: a function for the host and, under CUDA or HIP, the device. It is `static` on purpose: the CPU kernels are compiled once for each
+// instruction set, and a shared (weak) copy built with AVX-512 could otherwise be linked into the code that runs on every machine.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define BNB_HD static __host__ __device__ __forceinline__
 #elif defined(_MSC_VER)

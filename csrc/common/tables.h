@@ -72,8 +72,8 @@ constexpr NF4Thresholds kNF4Thresholds = {{
     0.8614784479141235f,
 }};
 
-// FP4 counts thresholds below |v|; the count is the rank of the magnitude, kFP4CodeOfRank its low three bits. These are the published CUDA constants: a
-// few lie some ulp beside the midpoint, and files written with them must be reproduced.
+// FP4 counts thresholds below |v|; the count is the rank of the magnitude, kFP4CodeOfRank its low three bits. These are the published CUDA
+// constants: a few lie some ulp beside the midpoint, and files written with them must be reproduced.
 struct FP4Thresholds {
     float value[7];
 };

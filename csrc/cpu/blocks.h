@@ -34,8 +34,8 @@ template <typename T> BNB_INLINE float block_absmax(const T* x, int64_t count) {
     return absmax_from_bits(reduce_max_bits(max_bits(largest0, largest1)));
 }
 
-// For an ordinary block x * inverse is finite for every element, so that vector code needs no rule for NaN. The others (NaN or infinity in the block, or
-// an absmax so small that its inverse overflows) are left to the scalar definition.
+// For an ordinary block x * inverse is finite for every element, so that vector code needs no rule for NaN. The others (NaN or infinity in the
+// block, or an absmax so small that its inverse overflows) are left to the scalar definition.
 BNB_INLINE bool is_ordinary(float absmax, float inverse) {
     return float_bits(absmax) < kInfinityBits && float_bits(inverse) < kInfinityBits;
 }

@@ -1,10 +1,11 @@
 // A lookup table that finds the code of an 8-bit quantisation in one step.
 //
-// Cell of v: the upper 16 bits of its ordered bits, that is sign, exponent and 7 bits of mantissa. The common maps have at most one decision threshold in
-// a cell, so a cell needs the number of thresholds in lower cells and where its own threshold lies among the 65536 values of the lower 16 bits. With
+// Cell of v: the upper 16 bits of its ordered bits, that is sign, exponent and 7 bits of mantissa. The common maps have at most one decision
+// threshold in a cell, so a cell needs the number of thresholds in lower cells and where its own threshold lies among the 65536 values of the lower
+// 16 bits. With
 //     entry = count << 16 | (0xffff - low 16 bits of the threshold)      (count << 16 where the cell has none)
-// the carry of entry + (low 16 bits of v) out of bit 15 says whether v lies above the threshold, and (sum >> 16) is the code. Exact: the ordered bits are
-// a strictly monotone function of v. Maps with a crowded cell have no table; the kernels then search the thresholds.
+// the carry of entry + (low 16 bits of v) out of bit 15 says whether v lies above the threshold, and (sum >> 16) is the code. Exact: the ordered
+// bits are a strictly monotone function of v. Maps with a crowded cell have no table; the kernels then search the thresholds.
 #pragma once
 
 #include "../common/types.h"

@@ -1,7 +1,7 @@
 // The kernels that exist once for each instruction set, and the arguments they take.
 //
-// Kernels trust their arguments: csrc/api checks them. A quantise or dequantise kernel handles the blocks [first, last) on the calling thread, so that the
-// caller may split blocks over threads; blocks are independent, hence the bytes do not depend on the split.
+// Kernels trust their arguments: csrc/api checks them. A quantise or dequantise kernel handles the blocks [first, last) on the calling thread, so
+// that the caller may split blocks over threads; blocks are independent, hence the bytes do not depend on the split.
 #pragma once
 
 #include "../common/types.h"

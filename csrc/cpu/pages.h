@@ -9,8 +9,8 @@
 
 namespace bnb {
 
-// A fresh large buffer has no pages yet, and a fault for each 4 KiB costs several times what writing the data does. Where the system grants huge pages on
-// request, asking for them on the aligned interior makes that one fault for each 2 MiB. Only advice: errors do not matter.
+// A fresh large buffer has no pages yet, and a fault for each 4 KiB costs several times what writing the data does. Where the system grants huge
+// pages on request, asking for them on the aligned interior makes that one fault for each 2 MiB. Only advice: errors do not matter.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t huge = uintptr_t(2) << 20;

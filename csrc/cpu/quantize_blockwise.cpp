@@ -1,7 +1,7 @@
 // 8-bit blockwise quantisation with any code of 256 ascending values: x[n] -> absmax[blocks], codes[n].
 //
-// Reads x once from memory, writes a byte an element. The code counts the midpoints below v: one gather from the cell table (cells.h), of which random
-// data touch some ten KiB, or for small inputs and unusual maps a binary search over the midpoints in eight gathers.
+// Reads x once from memory, writes a byte an element. The code counts the midpoints below v: one gather from the cell table (cells.h), of which
+// random data touch some ten KiB, or for small inputs and unusual maps a binary search over the midpoints in eight gathers.
 #include "blocks.h"
 #include "cells.h"
 #include "kernels.h"

@@ -32,7 +32,7 @@ struct Table256 {
 
 // Written out rather than looped over, so that the compiler sees scalars in registers.
 #define BNB_EACH(Result, expression)                                                                                                                 \
-    const auto lane = [&]([[maybe_unused]] int i) { return expression; };                                                                                           \
+    const auto lane = [&]([[maybe_unused]] int i) { return expression; };                                                                            \
     return Result{{lane(0), lane(1), lane(2), lane(3)}}
 
 BNB_INLINE F32 splat(float x) { BNB_EACH(F32, x); }

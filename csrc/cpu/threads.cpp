@@ -17,7 +17,8 @@
 namespace bnb {
 namespace {
 
-// The part of an OpenMP runtime that is needed. GNU's libgomp defines GOMP_parallel; the LLVM and Intel runtimes export the same entry for its callers.
+// The part of an OpenMP runtime that is needed. GNU's libgomp defines GOMP_parallel; the LLVM and Intel runtimes export the same entry for its
+// callers.
 struct Runtime {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
     int (*thread_num)();
