@@ -17,7 +17,7 @@ namespace BNB_ISA {
 // s-th nibble of every lane. K is a summation index, so the activations are put in that order once instead of unpacking every weight.
 template <typename Arithmetic, int kGranule> constexpr int source_in_granule(int step, int lane) {
     constexpr int kCodesPerLane = kGranule / Arithmetic::kLanes;
-    return kCodesPerLane == 1 ? lane ^ 1 : kCodesPerLane * lane + (step ^ 1); // the first of two codes is in the high nibble
+    return kCodesPerLane == 1 ? lane : kCodesPerLane * lane + (step ^ 1); // the first of two codes is in the high nibble
 }
 
 struct FloatArithmetic {
@@ -47,7 +47,14 @@ struct FloatArithmetic {
     BNB_INLINE Table scaled_table(Table16 levels, float scale) { return scaled(levels, scale); }
     BNB_INLINE Vector lookup(const Table& table, Codes codes) { return lookup16(table, low_nibbles(codes)); }
 
-    template <typename T> BNB_INLINE Activation activation(T x) { return to_float(x); }
+    template <typename T> BNB_INLINE void convert(const T* from, int64_t count, Activation* to) {
+        int64_t i = 0;
+        for (; i + W <= count; i += W)
+            store(to + i, load(from + i));
+        for (; i < count; ++i)
+            to[i] = to_float(from[i]);
+    }
+
     BNB_INLINE Vector load_activations(const Activation* x) { return load(x); }
     BNB_INLINE Vector broadcast(const Activation* x) { return splat(*x); }
     BNB_INLINE Vector load_cells(const Cell* p) { return load(p); }
@@ -82,10 +89,10 @@ struct BFloat16Arithmetic {
     template <int kGranule> BNB_INLINE Codes load_codes(const uint8_t* p) {
         if constexpr (kGranule == 64) {
             return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-        } else { // each byte in both words of a lane, the upper one shifted down
+        } else { // the high nibble of a byte in the lower word, the low one in the upper word
             static_assert(kGranule == 32, "one code a word");
             const I32 bytes = load_bytes(p);
-            return or_bits(bytes, shift_left<12>(bytes));
+            return or_bits(shift_right<4>(bytes), shift_left<16>(bytes));
         }
     }
 
@@ -98,7 +105,7 @@ struct BFloat16Arithmetic {
 
     BNB_INLINE Vector lookup(Table table, Codes codes) { return as_vector(_mm512_permutexvar_epi16(codes.v, table.v)); }
 
-    BNB_INLINE Activation activation(BFloat16 x) { return x; }
+    BNB_INLINE void convert(const BFloat16* from, int64_t count, Activation* to) { memcpy(to, from, size_t(count) * sizeof *to); }
     BNB_INLINE Vector load_activations(const Activation* x) { return as_vector(_mm512_loadu_si512(x)); }
 
     BNB_INLINE Vector broadcast(const Activation* x) {

@@ -119,15 +119,33 @@ static void dot_rows(DotSpan span, int64_t rows, Table16 levels, const typename 
         dot_tile<Arithmetic, kGranule, 1, kTokens>(span, levels, x, sums + row);
 }
 
-// Activations of `tokens` tokens: for each vector of K in the order of the lookups, one vector a token.
+// GCC does not vectorise a loop that assigns small structs; one that passes them by value it does.
+template <typename Activation> BNB_INLINE Activation value_of(Activation x) { return x; }
+
+// One granule of K of each token, in the order of the lookups.
+template <typename Arithmetic, int kGranule, typename Activation>
+static void pack_granules(const Activation* x, int64_t stride, int64_t tokens, Activation* out) {
+    constexpr int kLanes = Arithmetic::kLanes;
+    for (int step = 0; step < kGranule / kLanes; ++step)
+        for (int64_t t = 0; t < tokens; ++t, out += kLanes)
+            for (int lane = 0; lane < kLanes; ++lane)
+                out[lane] = value_of(x[t * stride + source_in_granule<Arithmetic, kGranule>(step, lane)]);
+}
+
+// Activations of up to kTileTokens tokens: for each vector of K in the order of the lookups, one vector a token.
 template <typename Arithmetic, int kGranule, typename T>
 static void pack_activations(const T* a, int64_t K, int64_t tokens, typename Arithmetic::Activation* out) {
-    constexpr int kLanes = Arithmetic::kLanes;
-    for (int64_t k = 0; k < K; k += kGranule)
-        for (int step = 0; step < kGranule / kLanes; ++step)
-            for (int64_t t = 0; t < tokens; ++t, out += kLanes)
-                for (int lane = 0; lane < kLanes; ++lane)
-                    out[lane] = Arithmetic::activation(a[t * K + k + source_in_granule<Arithmetic, kGranule>(step, lane)]);
+    using Activation = typename Arithmetic::Activation;
+    for (int64_t k = 0; k < K; k += kGranule, out += tokens * kGranule) {
+        if constexpr (std::is_same<T, Activation>::value) {
+            pack_granules<Arithmetic, kGranule>(a + k, K, tokens, out);
+        } else {
+            Activation converted[kTileTokens * kGranule];
+            for (int64_t t = 0; t < tokens; ++t)
+                Arithmetic::convert(a + t * K + k, kGranule, converted + t * kGranule);
+            pack_granules<Arithmetic, kGranule>(converted, kGranule, tokens, out);
+        }
+    }
 }
 
 // One thread's rows, with its own copy of the packed activations.

@@ -196,8 +196,7 @@ template <typename Arithmetic, typename T, typename Weights> static int32_t mult
             for (int64_t token = begin; token < end; ++token) {
                 const T* from = static_cast<const T*>(args.A) + (first + token) * depth;
                 Activation* to = converted + token * stride;
-                for (int64_t k = 0; k < depth; ++k)
-                    to[k] = Arithmetic::activation(from[k]);
+                Arithmetic::convert(from, depth, to);
                 for (int64_t k = depth; k < stride; ++k)
                     to[k] = Activation{};
             }
