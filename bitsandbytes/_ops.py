@@ -35,7 +35,7 @@ CODE_SIZE = 256
 OPTIMIZER_STATES = {"adam": 2, "lamb": 2, "ademamix": 2, "momentum": 1, "lars": 1, "lion": 1, "rmsprop": 1, "adagrad": 1}
 
 _CHECKS: dict[str, Callable] = {}
-_NATIVE: dict[tuple[str, str], Callable] = {}
+_NATIVE: dict[tuple[str, str], tuple[Callable, Callable]] = {}  # (operator, device type) -> check, kernel
 
 
 # ---------------------------------------------------------------------------------------------------- declaring and implementing
@@ -117,7 +117,7 @@ def implement(name: str, device: str) -> Callable:
 
         register_kernel(f"{NAMESPACE}::{name}", device)(checked_kernel)
         if device != "default":
-            _NATIVE[name, device] = checked_kernel
+            _NATIVE[name, device] = (check, kernel)
         return kernel
 
     return register
@@ -130,8 +130,10 @@ def invoke(name: str, A: torch.Tensor, *args):
     torch.func transforms, dispatch modes (fake tensors, profiling by mode), tensor subclasses with a dispatch of their own. Otherwise the
     native kernel of the device is called, with the same checks.
     """
-    kernel = _NATIVE.get((name, A.device.type))
-    if kernel is not None and _nobody_watches() and _all_plain(A, *args):
+    native = _NATIVE.get((name, A.device.type))
+    if native is not None and _nobody_watches() and _all_plain((A, *args)):
+        check, kernel = native
+        check(A, *args)
         return kernel(A, *args)
     return getattr(torch.ops.bitsandbytes, name)(A, *args)
 
@@ -141,16 +143,17 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _profiling = torch.autograd._profiler_enabled
+_is_tracing = torch._C._is_tracing
 
 
 def _nobody_watches() -> bool:
-    return not (_is_compiling() or _dispatch_modes() or _function_modes() or _profiling() or torch.jit.is_tracing()) and _functorch_level() is None
+    return not (_is_compiling() or _dispatch_modes() or _function_modes() or _profiling() or _is_tracing()) and _functorch_level() is None
 
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, int, float, str, bool, list, tuple, torch.Size, torch.dtype, type(None)}
 
 
-def _all_plain(*args) -> bool:
+def _all_plain(args: tuple) -> bool:
     """Whether no argument is a tensor subclass that dispatches by itself (DTensor, FakeTensor, ...). Learns the harmless subclasses."""
     types = set(map(type, args))
     if types <= _PLAIN_TYPES:
@@ -293,7 +296,8 @@ def _check_product_shapes(op, A, B, shapeB, features):
     """A's last dimension is the weight's dimension ``features``: 1 for the forward product, 0 for the backward one."""
     if len(shapeB) != 2:
         _fail(f"{op}: shapeB must be (out_features, in_features), got {tuple(shapeB)}")
-    _require_shape(op, shapeB)
+    if shapeB[0] < 0 or shapeB[1] < 0:
+        _fail(f"{op}: sizes must not be negative, got shapeB {tuple(shapeB)}")
     _require_float(op, "A", A.dtype)
     if A.dim() < 1:
         _fail(f"{op}: A must have at least one dimension")
@@ -313,7 +317,8 @@ def _check_gemm_4bit(
             _fail(f"{op}: bias must have shape ({shapeB[0]},), got {tuple(bias.shape)}")
         if bias.dtype != A.dtype:
             _fail(f"{op}: bias must have the dtype of A, {A.dtype}, got {bias.dtype}")
-        _same_device(op, A, bias)
+        if bias.device != A.device:
+            _fail(f"{op}: bias is on {bias.device}, A on {A.device}")
 
 
 def _check_4bit_weight(op, A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset):
@@ -330,12 +335,13 @@ def _check_4bit_weight(op, A, B, shapeB, absmax, blocksize, quant_type, absmax_8
 def _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, count):
     if absmax_code is None or absmax_offset is None:
         _fail(f"{op}: absmax_8bit needs absmax_code and absmax_offset beside it")
-    _require_dtype(op, "absmax_8bit", absmax_8bit, (torch.uint8,))
-    _require_at_least(op, "absmax_8bit", absmax_8bit, count)
+    if absmax_8bit.dtype != torch.uint8 or absmax_8bit.numel() < count:
+        _fail(f"{op}: absmax_8bit must be {count} uint8 codes, got {absmax_8bit.numel()} of {absmax_8bit.dtype}")
     _require_absmax(op, absmax, count, NESTED_BLOCKSIZE)
-    _require_code(op, absmax_code)
-    _require_size(op, "absmax_offset", absmax_offset, 1)
-    _require_float(op, "absmax_offset", absmax_offset.dtype)  # 16-bit offsets exist in old checkpoints
+    if absmax_code.dtype != torch.float32 or absmax_code.numel() != CODE_SIZE:
+        _fail(f"{op}: absmax_code must be {CODE_SIZE} float32 values, got {absmax_code.numel()} of {absmax_code.dtype}")
+    if absmax_offset.dtype not in FLOATS or absmax_offset.numel() != 1:  # 16-bit offsets exist in old checkpoints
+        _fail(f"{op}: absmax_offset must be one floating-point value, got {absmax_offset.numel()} of {absmax_offset.dtype}")
 
 
 _declare(

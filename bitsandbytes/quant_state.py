@@ -31,6 +31,9 @@ class QuantState:
         nested: whether the statistics are quantised.
     """
 
+    # Pickles name a class by its module; this is where the published library has it, so that pickles travel both ways.
+    __module__ = "bitsandbytes.functional"
+
     valid_quant_types = ("fp4", "nf4")
     valid_qs_type_keys = [f"bitsandbytes__{name}" for name in valid_quant_types]
     valid_qs_keys = [

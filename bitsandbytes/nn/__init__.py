@@ -3,8 +3,7 @@
 import torch
 
 from ..quant_state import QuantState
-from .modules import Linear4bit, LinearFP4, LinearNF4
-from .parameters import Params4bit
+from .modules import Linear4bit, LinearFP4, LinearNF4, Params4bit
 
 # What a pickled layer is made of; torch.load(weights_only=True) accepts no other classes. Building these runs no code of the file's choosing.
 torch.serialization.add_safe_globals([QuantState, Params4bit, Linear4bit, LinearFP4, LinearNF4])

@@ -5,7 +5,6 @@ Each function hands plain pointers and sizes to one C function; ``_ops`` has che
 """
 
 import ctypes as ct
-from math import prod
 
 import torch
 
@@ -14,6 +13,7 @@ from ..._ops import blocks, implement, packed_length
 from ...cextension import check_status, lib
 from ...packing import from_cpu_layout, is_cpu_layout
 from ..default import ops as reference
+from . import memory
 
 _P, _I, _L = ct.c_void_p, ct.c_int32, ct.c_int64
 
@@ -68,7 +68,7 @@ def _dequantize_4bit_into(out, A, absmax, blocksize, quant_type):
 
 @_kernel("dequantize_4bit")
 def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
-    return _dequantize_4bit_into(A.new_empty(shape, dtype=dtype), A, absmax, blocksize, quant_type)
+    return _dequantize_4bit_into(memory.empty(shape, dtype, A), A, absmax, blocksize, quant_type)
 
 
 @_kernel("dequantize_4bit.out")
@@ -100,7 +100,7 @@ def _dequantize_blockwise_into(out, A, absmax, code, blocksize):
 
 @_kernel("dequantize_blockwise")
 def dequantize_blockwise(A, absmax, code, blocksize, dtype):
-    return _dequantize_blockwise_into(A.new_empty(A.shape, dtype=dtype), A, absmax, code, blocksize)
+    return _dequantize_blockwise_into(memory.empty(A.shape, dtype, A), A, absmax, code, blocksize)
 
 
 @_kernel("dequantize_blockwise.out")
@@ -112,8 +112,9 @@ def _nested_pointers(absmax_8bit, absmax_code, absmax_offset):
     """Addresses of nested statistics, and the tensors behind them, which the caller keeps alive until the call is over."""
     if absmax_8bit is None:
         return (None, None, None), None
-    tensors = absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float()
-    return tuple(tensor.data_ptr() for tensor in tensors), tensors
+    offset = absmax_offset if absmax_offset.dtype is torch.float32 else absmax_offset.float()
+    codes, table = absmax_8bit.contiguous(), absmax_code.contiguous()
+    return (codes.data_ptr(), table.data_ptr(), offset.data_ptr()), (codes, table, offset)
 
 
 @_kernel("gemm_4bit")
@@ -125,10 +126,11 @@ def gemm_4bit(
     nested, _alive = _nested_pointers(absmax_8bit, absmax_code, absmax_offset)
     if bias is not None:
         bias = bias.contiguous()
-    out = A.new_empty((*A.shape[:-1], N))
+    rows = A.shape[:-1]
+    out = A.new_empty((*rows, N))
     status = _gemm_4bit(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, None if bias is None else bias.data_ptr(), out.data_ptr(),
-        prod(A.shape[:-1]), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
+        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "gemm_4bit")
     return out
@@ -139,10 +141,11 @@ def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=
     N, K = shapeB
     A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
     nested, _alive = _nested_pointers(absmax_8bit, absmax_code, absmax_offset)
-    out = A.new_empty((*A.shape[:-1], K))
+    rows = A.shape[:-1]
+    out = A.new_empty((*rows, K))
     status = _gemm_4bit_backward(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, out.data_ptr(),
-        prod(A.shape[:-1]), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
+        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "gemm_4bit_backward")
     return out
