@@ -244,7 +244,8 @@ def multiply_at_page_edges() -> int:
     """Products of many shapes with every operand at the edge of readable memory: one byte too far kills the process."""
     lib, calls = load_library(), 0
     supported = [name for name in SETS if lib.bnb_cpu_isa_supported(name.encode())]
-    for N, K, blocksize in ((1, 1, 32), (3, 7, 32), (5, 33, 64), (17, 64, 64), (66, 96, 32), (7, 160, 4096), (65, 100, 64), (4, 192, 64), (9, 576, 128)):
+    shapes = (1, 1, 32), (3, 7, 32), (5, 33, 64), (17, 64, 64), (66, 96, 32), (7, 160, 4096), (65, 100, 64), (4, 192, 64), (9, 576, 128)
+    for N, K, blocksize in shapes:
         for M in (1, 2, 5, 9, 45):
             for at_end in (False, True):
                 weight = Weight(N, K, blocksize, nested=M != 2)
@@ -253,9 +254,8 @@ def multiply_at_page_edges() -> int:
                         setattr(weight, name, at_page_edge(getattr(weight, name), at_end))
                 for dtype in DTYPES:
                     bits = torch.int32 if dtype == torch.float32 else torch.int16
-                    A, bias, out = (
-                        torch.from_numpy(at_page_edge(torch.randn(*shape).to(dtype).view(bits).numpy(), at_end)) for shape in ((M, K), (N,), (M, N))
-                    )
+                    operands = (torch.randn(*shape).to(dtype).view(bits).numpy() for shape in ((M, K), (N,), (M, N)))
+                    A, bias, out = (torch.from_numpy(at_page_edge(operand, at_end)) for operand in operands)
                     for name in supported:
                         lib.bnb_cpu_select_isa(name.encode())
                         sizes = M, N, K, blocksize, QUANT_TYPES["nf4"], DTYPES[dtype], 1

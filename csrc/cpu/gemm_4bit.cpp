@@ -1,11 +1,12 @@
 // 4-bit matrix product: out[M, N] = A[M, K] . dequantised(B)[N, K]^T + bias[N].
 //
-// A, bias and out hold one element type, row by row. B holds N * K codes in flat order, two to a byte, the first in the high nibble; the weight of flat
-// element i is level[code] * scale[i / blocksize], in fp32. Sums are fp32, the bias is added in fp32 and the result rounded once. The weight is never
-// stored in full: N K / 2 bytes of codes and 4 N K / blocksize of scales are what must come from memory, and for few tokens they bound the time.
+// A, bias and out hold one element type, row by row. B holds N * K codes in flat order, two to a byte, the first in the high nibble; the weight of
+// flat element i is level[code] * scale[i / blocksize], in fp32. Sums are fp32, the bias is added in fp32 and the result rounded once. The weight is
+// never stored in full: N K / 2 bytes of codes and 4 N K / blocksize of scales are what must come from memory, and for few tokens they bound the
+// time.
 //
-// Two forms: gemm_4bit_dot.h for few tokens, gemm_4bit_panel.h for many and for odd layouts. Rows of the weight (and, where these are few, tokens) are
-// split over threads, K never is, and neither is the order of the sums: the result does not depend on the number of threads.
+// Two forms: gemm_4bit_dot.h for few tokens, gemm_4bit_panel.h for many and for odd layouts. Rows of the weight (and, where these are few, tokens)
+// are split over threads, K never is, and neither is the order of the sums: the result does not depend on the number of threads.
 #include "gemm_4bit_dot.h"
 #include "gemm_4bit_rows.h"
 
@@ -16,7 +17,8 @@ namespace {
 template <typename Arithmetic, int kGranule, typename T> int32_t multiply_dot(const GemmArgs4bit& args) {
     constexpr int64_t kRows = tile_rows(1); // ranges of whole tiles
     const int64_t cost_of_rows = kRows * args.K * (args.M + 3);
-    return try_parallel(ceil_div(args.N, kRows), ceil_div(kProductsPerThread, cost_of_rows), args.threads, [&](int64_t begin, int64_t end) -> int32_t {
+    const int64_t grain = ceil_div(kProductsPerThread, cost_of_rows);
+    return try_parallel(ceil_div(args.N, kRows), grain, args.threads, [&](int64_t begin, int64_t end) -> int32_t {
         const DotWorker<Arithmetic, kGranule, T> worker(args);
         if (!worker.is_ready())
             return kOutOfMemory;

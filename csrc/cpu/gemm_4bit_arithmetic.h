@@ -1,11 +1,11 @@
 // The two ways the 4-bit product multiplies. Tiles are written once against either.
 //
 //   FloatArithmetic     weights fl(level * scale) in fp32, activations in fp32: every set, every element type
-//   BFloat16Arithmetic  weights fl(level * scale) rounded to bfloat16 as dequantisation would, products of pairs summed in fp32: AVX512_BF16 with bfloat16
-//                       activations
+//   BFloat16Arithmetic  weights fl(level * scale) rounded to bfloat16 as dequantisation would, products of pairs summed in fp32: AVX512_BF16 with
+//                       bfloat16 activations
 //
-// Both scale a level before it is rounded. Levels rounded first and scaled afterwards would give each code a fixed error, which adds up over K as soon as
-// the activations have a mean.
+// Both scale a level before it is rounded. Levels rounded first and scaled afterwards would give each code a fixed error, which adds up over K as
+// soon as the activations have a mean.
 #pragma once
 
 #include "simd.h"
@@ -13,8 +13,8 @@
 namespace bnb {
 namespace BNB_ISA {
 
-// A granule is a run of codes under one scale that one load spreads over the lanes: lane i holds kGranule / kLanes neighbouring codes, and step s uses the
-// s-th nibble of every lane. K is a summation index, so the activations are put in that order once instead of unpacking every weight.
+// A granule is a run of codes under one scale that one load spreads over the lanes: lane i holds kGranule / kLanes neighbouring codes, and step s
+// uses the s-th nibble of every lane. K is a summation index, so the activations are put in that order once instead of unpacking every weight.
 template <typename Arithmetic, int kGranule> constexpr int source_in_granule(int step, int lane) {
     constexpr int kCodesPerLane = kGranule / Arithmetic::kLanes;
     return kCodesPerLane == 1 ? lane : kCodesPerLane * lane + (step ^ 1); // the first of two codes is in the high nibble

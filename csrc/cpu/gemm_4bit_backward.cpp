@@ -1,7 +1,7 @@
 // Gradient of the 4-bit product with respect to its input: out[M, K] = A[M, N] . dequantised(B)[N, K].
 //
-// Operands, accuracy and threads as in gemm_4bit.cpp; the sum runs over the rows of the weight. The arguments keep their names: N and K are the weight's, A
-// and out have each other's width, and there is no bias.
+// Operands, accuracy and threads as in gemm_4bit.cpp; the sum runs over the rows of the weight. The arguments keep their names: N and K are the
+// weight's, A and out have each other's width, and there is no bias.
 #include "gemm_4bit_columns.h"
 
 namespace bnb {

@@ -1,7 +1,7 @@
 // Panels of the weight with its columns along the lanes: what the gradient out = A . W multiplies with.
 //
-// Columns lie side by side in memory, so codes go to their lanes as they are read. A step of the sum is a row of the weight: a panel touches a short run of
-// every row, a cache line or less, which only the next panel will find in the cache. Hence the prefetching.
+// Columns lie side by side in memory, so codes go to their lanes as they are read. A step of the sum is a row of the weight: a panel touches a short
+// run of every row, a cache line or less, which only the next panel will find in the cache. Hence the prefetching.
 #pragma once
 
 #include "gemm_4bit_panel.h"

@@ -26,8 +26,8 @@ BNB_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 BNB_INLINE const float* levels_of(QuantType quant_type) { return (quant_type == kNF4 ? kNF4Levels : kFP4Levels).value; }
 
-// Rows start on a byte, and scales change only between granules: the layout of nearly every real weight. The bound on K keeps positions inside a group of
-// rows in 32 bits.
+// Rows start on a byte, and scales change only between granules: the layout of nearly every real weight. The bound on K keeps positions inside a
+// group of rows in 32 bits.
 BNB_INLINE bool is_aligned(const GemmArgs4bit& args) {
     const bool is_power_of_two = (args.blocksize & (args.blocksize - 1)) == 0;
     return args.K > 0 && args.K % kNarrowGranule == 0 && args.K < (int64_t(1) << 24) && is_power_of_two && args.blocksize >= kNarrowGranule &&

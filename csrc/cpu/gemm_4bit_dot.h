@@ -1,9 +1,9 @@
 // The product for a few tokens (M up to kMostDotTokens): every weight is looked up and multiplied in registers.
 //
-// A tile is kRows rows of the weight by kTokens tokens. Its accumulators hold partial sums along K in their lanes and are added up once at the end. For
-// each granule of a row it loads the codes, scales the 16 levels, and then makes one lookup a vector of weights, used for all the tile's tokens; this
-// costs about as much as two tokens' worth of multiplication, so more tokens want fewer rows and all want enough accumulators to hide the latency of a
-// multiply-add. Weights are read from memory once, in order; activations are packed by each thread into the order of the lookups (see
+// A tile is kRows rows of the weight by kTokens tokens. Its accumulators hold partial sums along K in their lanes and are added up once at the end.
+// For each granule of a row it loads the codes, scales the 16 levels, and then makes one lookup a vector of weights, used for all the tile's tokens;
+// this costs about as much as two tokens' worth of multiplication, so more tokens want fewer rows and all want enough accumulators to hide the
+// latency of a multiply-add. Weights are read from memory once, in order; activations are packed by each thread into the order of the lookups (see
 // source_in_granule), and K is cut so that the activations of a tile stay in the first-level cache while a group of rows passes.
 //
 // Bytes: N K / 2 of codes and N K / blocksize scales, which is all that matters for M = 1.
@@ -22,8 +22,8 @@ constexpr int64_t kDotCacheBytes = 32 << 10; // of packed activations in one pas
 
 constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : 2) : (tokens == 1 ? 2 : 1); }
 
-// Accumulators for each row and token: the steps of a granule take turns when a tile is too small to keep the multipliers busy. The same for the single rows
-// at the end, so that a row's sum does not depend on its neighbours.
+// Accumulators for each row and token: the steps of a granule take turns when a tile is too small to keep the multipliers busy. The same for the
+// single rows at the end, so that a row's sum does not depend on its neighbours.
 constexpr int tile_turns(int tokens) { return tile_rows(tokens) * tokens <= 4 ? 2 : 1; }
 
 // A stretch of K of a group of rows.
@@ -174,7 +174,8 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
         memset(sums_, 0, sums_bytes());
         for (int64_t k = 0; k < K; k += stretch) {
             const int64_t first = row * K + k;
-            const DotSpan span{args_.B + first / 2, K / 2, scales, first - blocks.first * args_.blocksize, K, log2_blocksize_, smaller(stretch, K - k)};
+            const int64_t position = first - blocks.first * args_.blocksize;
+            const DotSpan span{args_.B + first / 2, K / 2, scales, position, K, log2_blocksize_, smaller(stretch, K - k)};
             for (int64_t tile = 0; tile < tiles_.count; ++tile) {
                 const int64_t token = tiles_.begin(tile), tokens = tiles_.size(tile);
                 rows_function(tokens)(span, rows, levels_, packed_ + token * K + k * tokens, sums_ + token * kDotGroup);
@@ -191,8 +192,9 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
 
     static RowsFunction rows_function(int64_t tokens) {
         static constexpr RowsFunction kFunctions[kTileTokens] = {
-            dot_rows<Arithmetic, kGranule, 1>, dot_rows<Arithmetic, kGranule, 2>, dot_rows<Arithmetic, kGranule, 3>, dot_rows<Arithmetic, kGranule, 4>,
-            dot_rows<Arithmetic, kGranule, 5>, dot_rows<Arithmetic, kGranule, 6>, dot_rows<Arithmetic, kGranule, 7>, dot_rows<Arithmetic, kGranule, 8>,
+            dot_rows<Arithmetic, kGranule, 1>, dot_rows<Arithmetic, kGranule, 2>, dot_rows<Arithmetic, kGranule, 3>,
+            dot_rows<Arithmetic, kGranule, 4>, dot_rows<Arithmetic, kGranule, 5>, dot_rows<Arithmetic, kGranule, 6>,
+            dot_rows<Arithmetic, kGranule, 7>, dot_rows<Arithmetic, kGranule, 8>,
         };
         return kFunctions[tokens - 1];
     }

@@ -1,10 +1,10 @@
 // The product for many tokens, and for layouts that the dot form cannot read.
 //
-// A panel is a strip of the weight, kPanelLanes wide. A stretch of it along the sum is dequantised once into a small buffer that stays in the second-level
-// cache, with the strip's width along the lanes: cells[step][lane]. A tile then multiplies it with up to kPanelTokens tokens: at each step it loads the
-// panel's vectors and broadcasts one activation of each token, straight from the caller's memory. With kPanelTokens * kPanelVectors accumulators there is
-// far more arithmetic than loading, so the multipliers run near their peak; the order of the lanes is also the order of the result, and any number of
-// tokens divides evenly into tiles.
+// A panel is a strip of the weight, kPanelLanes wide. A stretch of it along the sum is dequantised once into a small buffer that stays in the
+// second-level cache, with the strip's width along the lanes: cells[step][lane]. A tile then multiplies it with up to kPanelTokens tokens: at each
+// step it loads the panel's vectors and broadcasts one activation of each token, straight from the caller's memory. With kPanelTokens * kPanelVectors
+// accumulators there is far more arithmetic than loading, so the multipliers run near their peak; the order of the lanes is also the order of the
+// result, and any number of tokens divides evenly into tiles.
 //
 // The product with the transposed weight has rows along the lanes (gemm_4bit_rows.h), its gradient columns (gemm_4bit_columns.h).
 //
@@ -107,8 +107,8 @@ template <typename Arithmetic> struct PanelActivations {
 template <typename Arithmetic, typename T, typename Weights> class PanelWorker {
   public:
     explicit PanelWorker(const GemmArgs4bit& args)
-        : args_(args), depth_(Weights::depth(args)), stretch_(smaller(panel_stretch<Arithmetic>(), ceil_div(depth_, W) * W)), weights_(args, stretch_),
-          scratch_(cells_bytes() + sums_bytes() + weights_.scratch_bytes() + 4 * Scratch::kAlignment),
+        : args_(args), depth_(Weights::depth(args)), stretch_(smaller(panel_stretch<Arithmetic>(), ceil_div(depth_, W) * W)),
+          weights_(args, stretch_), scratch_(cells_bytes() + sums_bytes() + weights_.scratch_bytes() + 4 * Scratch::kAlignment),
           cells_(static_cast<Cell*>(scratch_.take(cells_bytes()))), sums_(static_cast<float*>(scratch_.take(sums_bytes()))),
           is_ready_(cells_ != nullptr && sums_ != nullptr && weights_.take(scratch_)) {}
 
@@ -128,8 +128,9 @@ template <typename Arithmetic, typename T, typename Weights> class PanelWorker {
             weights_.fill(k, end, cells_);
             for (int64_t tile = first; tile < last; ++tile) {
                 const int64_t token = tiles.begin(tile);
-                PanelTiles<Arithmetic>::of(tiles.size(tile), vectors)(cells_, a.data + token * a.stride + k, a.stride,
-                                                                      ceil_div(end - k, Arithmetic::kDepth), k == 0, sums_ + (token - origin) * width);
+                const auto multiply_tile = PanelTiles<Arithmetic>::of(tiles.size(tile), vectors);
+                multiply_tile(cells_, a.data + token * a.stride + k, a.stride, ceil_div(end - k, Arithmetic::kDepth), k == 0,
+                              sums_ + (token - origin) * width);
             }
             k = end;
         } while (k < depth_);
@@ -153,9 +154,10 @@ template <typename Arithmetic, typename T, typename Weights> class PanelWorker {
     bool is_ready_;
 };
 
-// All panels against the tokens of `a`. The work is a line of tiles, panel after panel; a thread takes a stretch of it, so that few panels and many tokens
-// divide as well as many panels and few tokens.
-template <typename Arithmetic, typename T, typename Weights> static int32_t multiply_panels(const GemmArgs4bit& args, const PanelActivations<Arithmetic>& a) {
+// All panels against the tokens of `a`. The work is a line of tiles, panel after panel; a thread takes a stretch of it, so that few panels and many
+// tokens divide as well as many panels and few tokens.
+template <typename Arithmetic, typename T, typename Weights>
+static int32_t multiply_panels(const GemmArgs4bit& args, const PanelActivations<Arithmetic>& a) {
     constexpr int64_t kMostTiles = kMostPanelTokens / kPanelTokens;
     constexpr int64_t kTilesWorthAPanel = 8; // dequantising a panel costs some tiles' work: a smaller share of one is not worth a thread
     const TokenTiles tiles = TokenTiles::of(a.tokens, kPanelTokens);

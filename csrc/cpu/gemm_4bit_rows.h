@@ -1,8 +1,8 @@
 // Panels of the weight with its rows along the lanes: what out = A . W^T multiplies with.
 //
-// Rows are contiguous in memory, so lanes must be brought together from as many places. The codes are transposed, not the weights: a 32-bit word holds
-// eight codes, so one transposition serves eight vectors. Layouts whose rows begin inside a byte or whose scales change inside a granule are dequantised row
-// by row first and transposed afterwards.
+// Rows are contiguous in memory, so lanes must be brought together from as many places. The codes are transposed, not the weights: a 32-bit word
+// holds eight codes, so one transposition serves eight vectors. Layouts whose rows begin inside a byte or whose scales change inside a granule are
+// dequantised row by row first and transposed afterwards.
 #pragma once
 
 #include "gemm_4bit_panel.h"

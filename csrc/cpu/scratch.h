@@ -5,8 +5,8 @@
 
 namespace bnb {
 
-// A block of memory handed out in aligned pieces. Each thread keeps one block of moderate size for its next call, since fresh pages cost more than the
-// work of a small product. Not inline: the kernels that use it are compiled for many instruction sets and must share one copy.
+// A block of memory handed out in aligned pieces. Each thread keeps one block of moderate size for its next call, since fresh pages cost more than
+// the work of a small product. Not inline: the kernels that use it are compiled for many instruction sets and must share one copy.
 class Scratch {
   public:
     explicit Scratch(size_t bytes);

@@ -27,8 +27,8 @@
 //   scaled(t, f)                    a Table16 with every entry multiplied by f
 //   reduce_add_4(v, out)            out[i] is the sum of the lanes of v[i], for four vectors
 //   load_columns(p, stride, rows, columns, out)
-//                                   a transposition: lane i of out[j] is the 32-bit word j at p + i * stride, for W columns. Lanes from `rows` on repeat
-//                                   the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
+//                                   a transposition: lane i of out[j] is the 32-bit word j at p + i * stride, for W columns. Lanes from `rows` on
+//                                   repeat the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
 #pragma once
 
 #include "../common/types.h"
