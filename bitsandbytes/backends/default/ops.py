@@ -110,7 +110,7 @@ def quantize_4bit(
 def _dequantize_with_table(A, absmax, blocksize, table, shape, dtype):
     count = torch.Size(shape).numel()
     values = table.to(A.device)[_unpack(A, count)]
-    return _unscale_blocks(values, absmax, blocksize, dtype).view(*shape)
+    return _unscale_blocks(values, absmax, blocksize, dtype).view(tuple(shape))
 
 
 @implement("dequantize_4bit", "default")
