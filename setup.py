@@ -31,7 +31,7 @@ BACKENDS = ("cpu", "cuda", "hip")
 NOT_BUILT = """
 bitsandbytes: the native {backend} library was not built.
   Why:   {reason}
-  So:    the package is installed and complete, but computes {backend} tensors with plain PyTorch operations: same results, slower.
+  So:    the package is installed and complete, but computes {backend} tensors with plain PyTorch operations: slower, same results up to rounding.
   Mend:  {remedy}, then install again with --force-reinstall --no-deps --no-cache-dir.
 """
 
