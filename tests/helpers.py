@@ -58,6 +58,12 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
         raise AssertionError(f"{wrong.numel()} of {actual.numel()} elements differ, first at {first}: {values[0]!r}, expected {values[1]!r}")
 
 
+def quantised(functional, shape=(64, 64), nested=False, quant_type="nf4", dtype=torch.float32, blocksize=64):
+    """A 4-bit tensor of that shape, made by the library's functional layer: packed, and its state."""
+    A = bell(torch.Size(shape).numel()).reshape(shape).to(dtype)
+    return functional.quantize_4bit(A, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type)
+
+
 def run_python(code: str, *args: str, interpreter: str = sys.executable, **options) -> subprocess.CompletedProcess:
     """Runs a program in a fresh interpreter and returns it finished, with its output as text."""
     return subprocess.run([interpreter, "-c", code, *args], capture_output=True, text=True, timeout=300, **options)

@@ -149,9 +149,9 @@ def test_zero_is_stored_as_zero(signed, dtype):
     assert (codes[A == 0] == (127 if signed else 0)).all()
 
 
-@pytest.mark.parametrize("make", [F.create_dynamic_map, F.create_linear_map, lambda: F.create_dynamic_map(signed=False)], ids=["dynamic", "linear", "unsigned"])
-def test_every_level_is_stored_as_itself(make):
-    code = make()
+@pytest.mark.parametrize("make, signed", [(F.create_dynamic_map, True), (F.create_dynamic_map, False), (F.create_linear_map, True)])
+def test_every_level_is_stored_as_itself(make, signed):
+    code = make(signed=signed)
     codes, state = F.quantize_blockwise(code, code=code, blocksize=256)
     assert_same_bits(F.dequantize_blockwise(codes, state), code)
 
@@ -255,7 +255,7 @@ def test_int8_double_quant_runs_on_the_cpu():
     assert rows.shape == columns.shape == (6, 10) and row_stats.shape == (6,) and column_stats.shape == (10,)
 
 
-@pytest.mark.parametrize("n, storage", [(1, torch.uint8), (2, torch.uint8), (4, torch.float16), (8, torch.float32), (5, torch.bfloat16)], ids=short_name)
+@pytest.mark.parametrize("n, storage", [(1, torch.uint8), (2, torch.uint8), (4, torch.float16), (8, torch.float32)], ids=short_name)
 def test_weight_packed_into_one_element_is_not_transposed(n, storage):
     A = bell(n).reshape(2, -1) if n % 2 == 0 else bell(n).reshape(1, n)
     packed, state = F.quantize_4bit(A, quant_type="nf4", quant_storage=storage)
@@ -304,7 +304,7 @@ def test_gemv_reads_the_canonical_layout_and_fills_every_row(quant_type, dtype, 
     A = bell(M * 128, 3).reshape(M, 128).to(dtype)
     y = F.gemv_4bit(A, packed, state=state)
     expected = reference_product(A, packed, state)
-    assert (y.double() - expected).abs().max() < {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.2}[dtype]
+    assert (y.double() - expected).abs().max() < {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}[dtype]
 
 
 def test_gemv_with_a_table_of_the_callers_own():
