@@ -183,8 +183,7 @@ def test_gradients_flow_after_inference_and_in_eval_mode():
     linear, x = layer(64, 64), torch.randn(3, 64, requires_grad=True)
     linear.train()(x).sum().backward()
     expected, x.grad = x.grad, None
-    with torch.no_grad():
-        linear.eval()(x)
+    linear.eval()(x.detach())
     linear(x).sum().backward()
     assert torch.equal(x.grad, expected)
     x.grad = None
@@ -196,8 +195,7 @@ def test_inference_between_forward_and_backward_does_not_matter():
     linear, x = layer(64, 64), torch.randn(3, 64, requires_grad=True)
     expected = torch.autograd.grad(linear(x).sum(), x)[0]
     result = linear.train()(x)
-    with torch.no_grad():
-        linear.eval()(x)
+    linear.eval()(x.detach())
     assert torch.equal(torch.autograd.grad(result.sum(), x)[0], expected)
 
 
@@ -210,14 +208,14 @@ def test_inference_mode_leaves_no_inference_tensors():
 
 
 def test_threads_may_share_a_layer():
-    linear, x = layer(64, 64).eval(), torch.randn(2, 64)
-    expected, results, barrier = linear(x).detach(), [], threading.Barrier(4)
+    linear, x = layer(512, 512).eval(), torch.randn(2, 512)
+    expected, results, barrier = copy.deepcopy(linear)(x).detach(), [], threading.Barrier(4)
 
     def work():
         barrier.wait()
         with torch.no_grad():
+            results.append(linear(x))  # the first calls of this layer, all at once
             results.append(copy.deepcopy(linear)(x))
-            results.append(linear(x))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -247,6 +245,17 @@ def test_a_bias_in_training_keeps_its_dtype():
     with torch.no_grad():
         linear(torch.randn(2, IN, dtype=torch.float16))
     assert linear.bias.dtype is torch.float32
+
+
+def test_a_bias_with_a_gradient_and_optimizer_state_keeps_its_dtype():
+    linear = layer()
+    optimizer = torch.optim.AdamW([linear.bias], lr=1e-3)
+    linear.bias.grad = torch.ones_like(linear.bias)
+    optimizer.step()
+    for _ in range(2):
+        linear(torch.randn(2, IN, dtype=torch.float16)).float().sum().backward()
+        optimizer.step()
+    assert linear.bias.dtype is torch.float32 and linear.bias.grad.dtype is torch.float32
 
 
 def test_a_substituted_bias_is_not_written_to():

@@ -543,7 +543,7 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):
 
     def _bias_in(self, dtype: torch.dtype, bias: torch.Tensor) -> torch.Tensor:
         """The bias in ``dtype``. Outside of training a bias of another dtype is cast for good; every call would pay for it otherwise."""
-        in_training = self._bias_in_training
+        in_training = self._bias_in_training or bias.grad is not None
         if not in_training and bias.requires_grad and _is_grad_enabled():
             self._bias_in_training = True
         if bias.dtype is dtype:
