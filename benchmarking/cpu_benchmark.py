@@ -17,10 +17,12 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ MODEL_FOLDER = HERE.parent / "examples" / "output" / "smollm2-fp32"
 OURS, AVX2, PUBLISHED = "ours", "ours, avx2", "published"
 MEMORY_LIMIT = 0.05
 IMPORT_LIMIT = 0.3
+QUIET = 0.03  # share of the CPUs that other programs may use
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,28 @@ def extra_memory(worker: Worker) -> float:
     return extra
 
 
+class OtherLoad:
+    """How busy other programs keep the CPUs: times of threads that wait for each other mean little on a machine that is not quiet."""
+
+    def __init__(self):
+        self.wall, self.others = time.perf_counter(), self._others_seconds()
+
+    @staticmethod
+    def _others_seconds() -> float:
+        """CPU seconds of everything but this process and its ended children, up to a constant; 0 where /proc/stat does not exist."""
+        try:
+            user, nice, system, _idle, _disk, *interrupts = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+        except OSError:
+            return 0.0
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        own = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own
+
+    def share(self) -> float:
+        """Share of all CPUs that others used since the start. To be asked when all workers have ended."""
+        return max(0.0, (self._others_seconds() - self.others) / (time.perf_counter() - self.wall) / os.cpu_count())
+
+
 # --- output ------------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +314,7 @@ def main() -> None:
         os.environ["BENCHMARK_MODEL"] = str(MODEL_FOLDER)
     else:
         print("No SmolLM2 checkpoint: run examples/quickstart.py once to measure generation as well.", file=sys.stderr)
+    other_load = OtherLoad()
     workers = start_workers(arguments)
     cases = cpu_cases.all_cases()
     chosen = [name for name in cases if re.search(arguments.only, name)]
@@ -303,14 +329,24 @@ def main() -> None:
     process_rows = [] if arguments.only else measure_processes(workers)
     for worker in workers.values():
         worker.close()
+    disturbance = other_load.share()
 
     rows = build_rows(times, cases, bandwidth)
     libraries = {name: {key: worker.identity[key] for key in ("bitsandbytes", "torch", "threads")} for name, worker in workers.items()}
-    heading = [f"{processor()}; copy {bandwidth / 1e9:.1f} GB/s; {arguments.rounds} rounds"]
+    heading = [f"{processor()}; copy {bandwidth / 1e9:.1f} GB/s; {arguments.rounds} rounds; other programs used {disturbance:.0%} of the CPUs"]
     heading += ["{}: bitsandbytes {}, torch {}, {} threads".format(name, *library.values()) for name, library in libraries.items()]
     report = "\n".join(heading) + "\n\n" + table(rows, process_rows)
     print(report)
-    everything = {"machine": processor(), "copy_bytes_per_second": bandwidth, "libraries": libraries, "cases": rows, "processes": process_rows}
+    if disturbance > QUIET:
+        print("\nThe machine was not quiet: these times say little. Measure again when nothing else runs.", file=sys.stderr)
+    everything = {
+        "machine": processor(),
+        "copy_bytes_per_second": bandwidth,
+        "other_load": disturbance,
+        "libraries": libraries,
+        "cases": rows,
+        "processes": process_rows,
+    }
     record = json.dumps(everything, indent=1)
     if arguments.save:
         folder = HERE / "results"
