@@ -191,6 +191,9 @@ def dequantize_4bit(
         quant_state: as returned by ``quantize_4bit``; the arguments after it are then ignored, except ``out``.
         absmax, out: both needed without a state; shape and dtype of the result are those of ``out``.
 
+    Returns:
+        A tensor of the state's shape and dtype. On the CPU one of 32 MiB or more has storage that cannot be resized: its memory is used again.
+
     Raises:
         ValueError: arguments missing, or block size, type or dtype not supported.
     """
