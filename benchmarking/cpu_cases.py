@@ -7,8 +7,8 @@ same lines run with this library and with the published one. It reads one JSON r
     {"forget": "<case>"}                -> {}
     {"memory": true}                    -> {"extra": <extra memory of quantize_4bit as a fraction of its input>}
 
-Every case is built once a worker from the same seed, called until it is warm, and then timed call by call; its results are new
-tensors each time, and freed outside the timed region.
+Every case is built once a worker from the same seed, warmed up, and then timed call by call. Each call makes new result tensors;
+calls that take less than a millisecond are timed in batches.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def timed(function: Callable[[], object], repeats: int) -> float:
-    """Mean time of one call over `repeats`. One result is alive at a time, and the last is freed after the clock has stopped."""
+    """Mean time of one call over `repeats`. The last result is freed after the clock has stopped."""
     start = time.perf_counter()
     for _ in range(repeats):
         result = function()
