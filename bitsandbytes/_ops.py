@@ -130,7 +130,7 @@ def invoke(name: str, A: torch.Tensor, *args):
     torch.func transforms, dispatch modes (fake tensors, profiling by mode), tensor subclasses with a dispatch of their own. Otherwise the
     native kernel of the device is called, with the same checks.
     """
-    native = _NATIVE.get((name, A.device.type))
+    native = _NATIVE.get((name, "cpu" if A.is_cpu else A.device.type))
     if native is not None and _nobody_watches() and _all_plain((A, *args)):
         check, kernel = native
         check(A, *args)
@@ -323,16 +323,11 @@ def _check_gemm_4bit(
 
 def _check_4bit_weight(op, A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset):
     _require_4bit_format(op, blocksize, quant_type)
-    count = shapeB[0] * shapeB[1]
+    count = blocks(shapeB[0] * shapeB[1], blocksize)
     if absmax_8bit is None:
-        _require_absmax(op, absmax, count, blocksize)
+        _require_absmax(op, absmax, shapeB[0] * shapeB[1], blocksize)
         _same_device(op, A, B, absmax)
-    else:
-        _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, blocks(count, blocksize))
-        _same_device(op, A, B, absmax, absmax_8bit, absmax_code, absmax_offset)
-
-
-def _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset, count):
+        return
     if absmax_code is None or absmax_offset is None:
         _fail(f"{op}: absmax_8bit needs absmax_code and absmax_offset beside it")
     if absmax_8bit.dtype != torch.uint8 or absmax_8bit.numel() < count:
@@ -342,6 +337,7 @@ def _check_nested_statistics(op, absmax, absmax_8bit, absmax_code, absmax_offset
         _fail(f"{op}: absmax_code must be {CODE_SIZE} float32 values, got {absmax_code.numel()} of {absmax_code.dtype}")
     if absmax_offset.dtype not in FLOATS or absmax_offset.numel() != 1:  # 16-bit offsets exist in old checkpoints
         _fail(f"{op}: absmax_offset must be one floating-point value, got {absmax_offset.numel()} of {absmax_offset.dtype}")
+    _same_device(op, A, B, absmax, absmax_8bit, absmax_code, absmax_offset)
 
 
 _declare(

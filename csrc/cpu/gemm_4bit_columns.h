@@ -36,21 +36,25 @@ template <typename Arithmetic> class WeightColumns {
   private:
     using Cell = typename Arithmetic::Cell;
 
-    // A vector lies within one block: it begins at a multiple of W, and W divides the block size.
-    F32 weights_at(int64_t flat, const Table16& levels, int log2_blocksize) const {
-        return mul(lookup16(levels, load_nibbles(args_.B + flat / 2)), splat(block_scale(args_, flat >> log2_blocksize)));
-    }
-
+    // The panel's run of one row or two. Scales change between granules at most.
     void fill_aligned(int64_t row, bool is_pair, Cell* cells, int64_t width) const {
         const Table16 levels = load_table16(levels_of(args_.quant_type));
         const int log2_blocksize = log2_of(args_.blocksize);
-        const int64_t even = row * args_.K + first_, odd = even + args_.K;
+        const int64_t even = row * args_.K + first_, odd = is_pair ? even + args_.K : even;
         prefetch(args_.B + (even + kPrefetchRows * args_.K) / 2);
         prefetch(args_.B + (odd + kPrefetchRows * args_.K) / 2);
-        for (int64_t lane = 0; lane < count_; lane += W)
-            Arithmetic::store_pair(weights_at(even + lane, levels, log2_blocksize),
-                                   is_pair ? weights_at(odd + lane, levels, log2_blocksize) : splat(0.0f), cells + lane, width);
+        F32 even_scale{}, odd_scale{};
+        for (int64_t lane = 0; lane < count_; lane += W) {
+            if (lane % kNarrowGranule == 0) {
+                even_scale = splat(block_scale(args_, (even + lane) >> log2_blocksize));
+                odd_scale = splat(block_scale(args_, (odd + lane) >> log2_blocksize));
+            }
+            const F32 odd_weights = is_pair ? weights_at(odd + lane, levels, odd_scale) : splat(0.0f);
+            Arithmetic::store_pair(weights_at(even + lane, levels, even_scale), odd_weights, cells + lane, width);
+        }
     }
+
+    F32 weights_at(int64_t flat, const Table16& levels, F32 scale) const { return mul(lookup16(levels, load_nibbles(args_.B + flat / 2)), scale); }
 
     void fill_any(int64_t row, bool is_pair, Cell* cells, int64_t width) const {
         float pair[2][kPanelLanes] = {};
