@@ -12,6 +12,7 @@ from pathlib import Path
 import platform
 
 import numpy as np
+import pytest
 import torch
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -176,3 +177,23 @@ def assert_same_floats(actual, expected) -> None:
     wrong = (actual.view(integer) != expected.view(integer)) & ~(actual.isnan() & expected.isnan())
     where = wrong.nonzero().flatten()
     assert where.numel() == 0, f"{where.numel()} of {actual.numel()} differ, first at {where[0]}: got {actual[where[0]]}, want {expected[where[0]]}"
+
+
+# Fixtures: a test file gets them by importing their names.
+
+
+@pytest.fixture(scope="module")
+def library():
+    return load_library()
+
+
+@pytest.fixture(params=SETS)
+def lib(library, request):
+    """The library, switched to one instruction set and back."""
+    name = request.param.encode()
+    if not library.bnb_cpu_isa_supported(name):
+        pytest.skip(f"this machine or build has no {request.param}")
+    before = library.bnb_cpu_isa()
+    assert library.bnb_cpu_select_isa(name) == 0
+    yield library
+    assert library.bnb_cpu_select_isa(before) == 0

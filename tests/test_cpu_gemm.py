@@ -11,7 +11,20 @@ from pathlib import Path
 import subprocess
 import sys
 
-from native_cpu import DTYPES, LEVELS, QUANT_TYPES, SETS, Guarded, assert_same_floats, block_count, load_library, nibbles, quantize_4bit
+from native_cpu import (  # noqa: F401  (fixtures among them)
+    DTYPES,
+    LEVELS,
+    QUANT_TYPES,
+    SETS,
+    Guarded,
+    assert_same_floats,
+    block_count,
+    lib,
+    library,
+    load_library,
+    nibbles,
+    quantize_4bit,
+)
 import numpy as np
 import pytest
 import torch
@@ -22,22 +35,13 @@ BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "fp16", "bf16"])
 
 
-@pytest.fixture(scope="module")
-def library():
-    return load_library()
-
-
-@pytest.fixture(params=SETS)
-def lib(library, request):
-    """The library, switched to one instruction set and back."""
-    name = request.param.encode()
-    if not library.bnb_cpu_isa_supported(name):
-        pytest.skip(f"this machine or build has no {request.param}")
-    before = library.bnb_cpu_isa()
-    assert library.bnb_cpu_select_isa(name) == 0
-    torch.set_num_threads(1)  # of the references, which are small; the product is told its own number
-    yield library
-    assert library.bnb_cpu_select_isa(before) == 0
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For the references, which are small; the product is told its own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Weight:

@@ -6,7 +6,7 @@ from pathlib import Path
 import subprocess
 import sys
 
-from native_cpu import (
+from native_cpu import (  # noqa: F401  (fixtures among them)
     DTYPES,
     FP4_THRESHOLDS,
     LEVELS,
@@ -16,8 +16,9 @@ from native_cpu import (
     assert_same_floats,
     dequantize_4bit,
     dequantize_blockwise,
+    lib,
+    library,
     library_path,
-    load_library,
     model_dequantize,
     model_quantize_4bit,
     model_quantize_blockwise,
@@ -31,23 +32,6 @@ import torch
 
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "fp16", "bf16"])
 quant_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-
-
-@pytest.fixture(scope="module")
-def library():
-    return load_library()
-
-
-@pytest.fixture(params=SETS)
-def lib(library, request):
-    """The library, switched to one instruction set and back."""
-    name = request.param.encode()
-    if not library.bnb_cpu_isa_supported(name):
-        pytest.skip(f"this machine or build has no {request.param}")
-    before = library.bnb_cpu_isa()
-    assert library.bnb_cpu_select_isa(name) == 0
-    yield library
-    assert library.bnb_cpu_select_isa(before) == 0
 
 
 def assert_quantizes_4bit(lib, x, blocksize, quant_type):
