@@ -443,8 +443,7 @@ def _require_stats(op: str, name: str, stats, count) -> None:
     _require_size(op, name, stats, count)
 
 
-def _check_int8_vectorwise_quant(A, threshold=0.0):
-    op = "int8_vectorwise_quant"
+def _check_int8_vectorwise_quant(A, threshold=0.0, op="int8_vectorwise_quant"):
     _require_float(op, "A", A.dtype)
     if A.dim() < 1:
         _fail(f"{op}: A must have at least one dimension")
@@ -585,6 +584,54 @@ _declare(
     "-> (Tensor, Tensor?)",
     _check_int8_mixed_scaled_mm,
     fake=_fake_int8_mixed_scaled_mm,
+)
+
+
+def _check_int8_weight(op, CB, SCB):
+    _require_int8(op, CB=CB)
+    if CB.dim() != 2:
+        _fail(f"{op}: CB must be a weight (out_features, in_features), got {tuple(CB.shape)}")
+    _require_stats(op, "SCB", SCB, CB.shape[0])
+
+
+def _check_int8_linear(A, CB, SCB, bias=None, threshold=0.0):
+    op = "int8_linear"
+    _check_int8_vectorwise_quant(A, threshold, op)
+    _check_int8_weight(op, CB, SCB)
+    if A.shape[-1] != CB.shape[1]:
+        _fail(f"{op}: A has {A.shape[-1]} features in its last dimension, the weight {tuple(CB.shape)} expects {CB.shape[1]}")
+    _require_bias(op, bias, CB.shape[0], A)
+    _same_device(op, A, CB, SCB)
+
+
+# The whole product of an LLM.int8() layer. Outlier columns come back as a mask over the columns, whose size does not depend on the data; it is empty
+# without a threshold. Not a published operator.
+_declare(
+    "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) -> (Tensor, Tensor)",
+    _check_int8_linear,
+    fake=lambda A, CB, SCB, bias=None, threshold=0.0: (
+        _empty(A, (*A.shape[:-1], CB.shape[0]), A.dtype),
+        _empty(A, (CB.shape[1] if threshold > 0.0 else 0,), torch.bool),
+    ),
+)
+
+
+def _check_int8_linear_backward(grad, CB, SCB):
+    op = "int8_linear_backward"
+    _require_float(op, "grad", grad.dtype)
+    if grad.dim() < 1:
+        _fail(f"{op}: grad must have at least one dimension")
+    _check_int8_weight(op, CB, SCB)
+    if grad.shape[-1] != CB.shape[0]:
+        _fail(f"{op}: grad has {grad.shape[-1]} features in its last dimension, the weight {tuple(CB.shape)} expects {CB.shape[0]}")
+    _same_device(op, grad, CB, SCB)
+
+
+# Gradient of int8_linear with respect to its input. Not a published operator.
+_declare(
+    "int8_linear_backward(Tensor grad, Tensor CB, Tensor SCB) -> Tensor",
+    _check_int8_linear_backward,
+    result=lambda grad, CB, SCB: ((*grad.shape[:-1], CB.shape[1]), grad.dtype),
 )
 
 

@@ -62,6 +62,8 @@ def _good_calls() -> dict[str, dict]:
         "int8_mixed_scaled_mm": dict(
             A=torch.ones(10, 20), CA=int8((10, 20)), CB=int8((30, 20)), SCA=rows, SCB=columns, outlier_cols=torch.tensor([1, 7]), bias=columns
         ),
+        "int8_linear": dict(A=torch.ones(10, 20), CB=int8((30, 20)), SCB=columns, bias=columns, threshold=2.0),
+        "int8_linear_backward": dict(grad=torch.ones(10, 30), CB=int8((30, 20)), SCB=columns),
         "optimizer_update_32bit": optimizer
         | dict(state1=torch.zeros(300), state2=torch.zeros(300), unorm_vec=torch.zeros(1), max_unorm=1.0, param_norm=1.0)
         | hyper
@@ -204,6 +206,18 @@ BAD = {
         SCB=[torch.ones(29)],
         outlier_cols=[torch.tensor([1.0]), torch.tensor([[1]]), torch.tensor([20]), torch.tensor([2**40]), torch.tensor([-21])],
         bias=[torch.ones(29)],
+    ),
+    "int8_linear": dict(
+        A=[torch.ones(10, k) for k in (0, 19, 21)] + [torch.ones(10, 20, dtype=d) for d in NOT_FLOATS] + [torch.tensor(1.0)],
+        CB=[torch.ones(30, 21, dtype=torch.int8), torch.ones(20, 30, dtype=torch.int8), torch.ones(600, dtype=torch.int8), torch.ones(30, 20)],
+        SCB=[torch.ones(n) for n in (0, 1, 29, 31)] + [torch.ones(30, dtype=torch.float16), torch.ones(30, device="meta")],
+        bias=[torch.ones(n) for n in (0, 1, 29)] + [torch.ones(30, 1), torch.ones(30, dtype=torch.int64), torch.ones(30, device="meta")],
+        threshold=[-1.0],
+    ),
+    "int8_linear_backward": dict(
+        grad=[torch.ones(10, n) for n in (0, 20, 31)] + [torch.ones(10, 30, dtype=d) for d in NOT_FLOATS] + [torch.tensor(1.0)],
+        CB=[torch.ones(31, 20, dtype=torch.int8), torch.ones(600, dtype=torch.int8), torch.ones(30, 20)],
+        SCB=[torch.ones(n) for n in (0, 1, 29, 31)] + [torch.ones(30, dtype=torch.float16), torch.ones(30, device="meta")],
     ),
     "optimizer_update_32bit": dict(
         optimizer_name=["adamw", "", "sgd"],

@@ -167,6 +167,7 @@ def test_dequantisation_multiplies_by_the_statistic_first():
 )
 @example(rows=3, columns=2, length=5000, extreme="120 to 127", trusted=False)
 @example(rows=3, columns=2, length=131071, extreme="all -128", trusted=False)
+@example(rows=1, columns=2, length=1, extreme="random", trusted=True)
 @example(rows=17, columns=8, length=131072, extreme="127 by -128", trusted=True)
 def test_the_product_is_exact(rows, columns, length, extreme, trusted):
     A, B = int8_matrix(rows, length, seed=1), int8_matrix(columns, length, seed=2)
@@ -365,6 +366,84 @@ def test_old_products_refuse_other_dtypes(quiet):
         F.check_matmul(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int8), None, False, False)
     with pytest.raises(ValueError, match="three-dimensional"):
         F.batched_igemm(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 2, dtype=torch.int8))
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole layer
+def model_linear(A: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, bias: torch.Tensor | None, threshold: float):
+    """float64 result of the whole layer, the sum of magnitudes that bounds its rounding, and the mask of outlier columns."""
+    codes, stats, columns, _ = model_quant(A, threshold)
+    x = A.double().view(-1, A.shape[-1])
+    is_outlier = torch.zeros(A.shape[-1], dtype=torch.bool)
+    is_outlier[columns] = True
+    weight = CB.double() * SCB.double()[:, None] / 127
+    product = exact_product(codes.view(x.shape), CB).double() * stats.double()[:, None] * SCB.double() / 127**2
+    added = torch.zeros(CB.shape[0], dtype=torch.float64) if bias is None else bias.double()
+    outliers = x[:, is_outlier]
+    size = product.abs() + outliers.abs() @ weight[:, is_outlier].abs().t() + added.abs()
+    return product + outliers @ weight[:, is_outlier].t() + added, size, is_outlier if threshold > 0 else is_outlier[:0]
+
+
+@given(
+    A=float_tensors(kinds=("bell", "tiny", "huge", "zeros", "sparse", "steps")).filter(lambda A: A.shape[-1] > 0),
+    N=st.integers(0, 20),
+    threshold=st.sampled_from([0.0, 0.5, 2.0, 6.0]),
+    bias=st.sampled_from([None, *FLOAT_DTYPES]),
+)
+def test_the_whole_layer_rounds_once(A, N, threshold, bias):
+    CB, SCB = int8_matrix(N, A.shape[-1]), bell(N, 2).abs() + 0.1
+    bias = None if bias is None else bell(N, 3).to(bias)
+    y, mask = ops.int8_linear(A, CB, SCB, bias, threshold)
+    expected, size, is_outlier = model_linear(A, CB, SCB, bias, threshold)
+    assert y.shape == (*A.shape[:-1], N) and y.dtype == A.dtype
+    assert_same_bits(mask, is_outlier)
+    y = y.double().view(expected.shape)
+    finite = expected.abs() < torch.finfo(A.dtype).max  # fp16 has no room for some
+    unit, smallest = torch.finfo(A.dtype).eps, torch.finfo(A.dtype).smallest_normal * torch.finfo(A.dtype).eps
+    bound = expected.abs() * unit * 0.501 + size * 2.0**-24 * (A.shape[-1] + 8) + smallest + 1e-44
+    assert ((y - expected).abs() <= bound)[finite].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short_name)
+def test_the_whole_layer_goes_beyond_the_range_of_float16(dtype):
+    A = torch.full((2, 64), 2.0**100, dtype=dtype)
+    y, _ = ops.int8_linear(A, torch.full((3, 64), 127, dtype=torch.int8), torch.ones(3))
+    assert_same_bits(y, torch.full((2, 3), 2.0**106, dtype=dtype))
+
+
+@given(grad=float_tensors(kinds=("bell", "steps", "one_sign")).filter(lambda grad: grad.shape[-1] > 0), K=st.integers(0, 20))
+def test_the_gradient_is_the_product_with_the_dequantised_weight(grad, K):
+    N = grad.shape[-1]
+    CB, SCB = int8_matrix(N, K), bell(N, 2).abs() + 0.1
+    x = ops.int8_linear_backward(grad, CB, SCB)
+    assert x.shape == (*grad.shape[:-1], K) and x.dtype == grad.dtype
+    weight, g = CB.double() * SCB.double()[:, None] / 127, grad.double().view(-1, N)
+    unit = torch.finfo(grad.dtype).eps
+    bound = (g @ weight).abs() * unit + g.abs() @ weight.abs() * ((unit if grad.dtype != torch.float32 else 0) + 2.0**-24 * (N + 8))
+    assert ((x.double().view(bound.shape) - g @ weight).abs() <= bound + 1e-6).all()
+
+
+@grid(shape=[(0, 4), (0,), (2, 0), (2, 0, 4)], N=[0, 3], threshold=[0.0, 1.0])
+def test_the_whole_layer_of_nothing(shape, N, threshold):
+    A = torch.ones(shape)
+    CB, SCB, bias = torch.ones(N, shape[-1], dtype=torch.int8), torch.ones(N), torch.arange(N, dtype=torch.float32)
+    y, mask = ops.int8_linear(A, CB, SCB, bias, threshold)
+    assert_same_bits(y, bias.expand(*shape[:-1], N).contiguous())
+    assert mask.shape == ((shape[-1],) if threshold else (0,))
+    assert_same_bits(ops.int8_linear_backward(y, CB, SCB), y @ torch.ones(N, shape[-1]) / 127)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_the_whole_layer_compiles_without_a_break(threshold):
+    CB, SCB = int8_matrix(6, 16), torch.ones(6)
+
+    def layer(A):
+        y, mask = ops.int8_linear(A, CB, SCB, None, threshold)
+        return y + 1, mask, ops.int8_linear_backward(y, CB, SCB)
+
+    A = bell(5 * 16).reshape(5, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(A), layer(A)):
+        assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=short_name)

@@ -25,7 +25,7 @@ from strategies import float_dtypes, float_tensors
 
 ops = torch.ops.bitsandbytes
 
-# All published, with these schemas, but for gemm_4bit_backward.
+# All published, with these schemas, but for gemm_4bit_backward, int8_linear and int8_linear_backward.
 SCHEMAS = """
 int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)
 int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None) -> Tensor
@@ -35,6 +35,8 @@ int8_vectorwise_quant(Tensor A, float threshold=0.) -> (Tensor, Tensor, Tensor?)
 int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor
 int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) -> Tensor
 int8_double_quant(Tensor A, float threshold=0.) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)
+int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.) -> (Tensor, Tensor)
+int8_linear_backward(Tensor grad, Tensor CB, Tensor SCB) -> Tensor
 dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor
 dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, Tensor! out) -> ()
 quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)
@@ -215,6 +217,23 @@ def calls_of_int8_mixed_scaled_mm():
             yield (A, CA, CB, SCA, SCB, columns), {"bias": bell(30).to(dtype)}
     CA, SCA, columns = ops.int8_vectorwise_quant(A, 6.0)
     yield (A.reshape(2, 5, 20), CA.reshape(2, 5, 20), CB, SCA, SCB, columns), {}
+
+
+def calls_of_int8_linear():
+    for dtype in FLOAT_DTYPES:
+        for A in (outlier_input().to(dtype), outlier_input().to(dtype).reshape(2, 5, 20), outlier_input().to(dtype)[0]):
+            yield (A, int8(30, 20), positive(30)), {}
+            yield (A, int8(30, 20), positive(30), bell(30)), {"threshold": 6.0}
+    yield (outlier_input()[:0], int8(30, 20), positive(30), None, 6.0), {}
+    yield (bell(10).reshape(10, 1)[:, :0], int8(30, 0), positive(30), None, 6.0), {}
+
+
+def calls_of_int8_linear_backward():
+    for dtype in FLOAT_DTYPES:
+        yield (bell(300).reshape(10, 30).to(dtype), int8(30, 20), positive(30)), {}
+    yield (bell(300).reshape(2, 5, 30), int8(30, 20), positive(30)), {}
+    yield (bell(30), int8(30, 20), positive(30)), {}
+    yield (bell(30)[:0], int8(0, 20), positive(0)), {}
 
 
 def out_calls(calls, result):

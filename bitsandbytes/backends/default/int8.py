@@ -117,7 +117,7 @@ def _cpu_int_mm_is_exact() -> bool:
 def _int_mm_is_exact(A: torch.Tensor, B: torch.Tensor) -> bool:
     """Whether ``torch._int_mm(A, B.t())`` takes these operands and gives their exact product."""
     if A.device.type == "cpu":
-        return _cpu_int_mm_is_exact()
+        return A.shape[1] > 1 and _cpu_int_mm_is_exact()  # a single column leaves its result unwritten (torch 2.13)
     return A.device.type == "cuda" and A.shape[0] > 16 and A.shape[1] > 0 and A.shape[1] % 8 == 0 and B.shape[0] > 0 and B.shape[0] % 8 == 0
 
 
@@ -198,3 +198,28 @@ def int8_mixed_scaled_mm(
     columns = invoke("int8_vectorwise_dequant", CB[:, outlier_cols], SCB)
     result.view(outliers.shape[0], CB.shape[0]).addmm_(outliers.to(torch.float32), columns.t())
     return result.to(A.dtype), outliers
+
+
+@implement("int8_linear", "default")
+def int8_linear(
+    A: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, bias: Optional[torch.Tensor] = None, threshold: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LLM.int8() from floating point activations [..., K] to results [..., N] of their dtype.
+
+    Returns:
+        The result and a mask of the outlier columns, bool [K]; an empty one without a threshold.
+    """
+    codes, stats, outlier_cols = invoke("int8_vectorwise_quant", A, threshold)
+    result, _ = invoke("int8_mixed_scaled_mm", A, codes, CB, stats, SCB, outlier_cols, bias)
+    if outlier_cols is None:
+        return result, A.new_empty(0, dtype=torch.bool)
+    is_outlier = A.new_zeros(A.shape[-1], dtype=torch.bool)
+    is_outlier[outlier_cols] = True
+    return result, is_outlier
+
+
+@implement("int8_linear_backward", "default")
+def int8_linear_backward(grad: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``int8_linear`` with respect to A: [..., N] times the dequantised weight, in grad's dtype."""
+    product = _as_matrix(grad).to(torch.float32) @ invoke("int8_vectorwise_dequant", CB, SCB)
+    return product.to(grad.dtype).view(*grad.shape[:-1], CB.shape[1])
