@@ -10,7 +10,7 @@ from . import _ops, cextension, consts, cuda_specs, utils  # noqa: F401  (operat
 from .backends.cpu import ops as cpu_ops  # noqa: F401
 from .backends.default import ops as default_ops  # noqa: F401
 from . import functional, nn  # noqa: F401  # isort: skip
-from .autograd._functions import matmul_4bit  # noqa: F401
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit  # noqa: F401
 from .nn import modules  # noqa: F401
 
 __version__ = "0.51.0.dev0"

@@ -326,7 +326,7 @@ def test_function_transforms(nested):
 
 def test_the_weight_cannot_be_mapped_over():
     packed, state, _ = quantised()
-    with pytest.raises(NotImplementedError, match="packed weight"):
+    with pytest.raises(NotImplementedError, match="quantised weight"):
         torch.func.vmap(lambda w: torch.func.grad(lambda a: bnb.matmul_4bit(a, w, state).sum())(torch.ones(IN)))(torch.stack([packed, packed]))
 
 

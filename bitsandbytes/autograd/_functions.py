@@ -1,8 +1,11 @@
-"""Matrix products with quantised weights, differentiable in everything that is not quantised."""
+"""Matrix products with quantised weights, in 4 and in 8 bit, differentiable in everything that is not quantised."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 import logging
+from math import prod  # noqa: F401  (a published name of this module)
 import warnings
+from warnings import warn  # noqa: F401  (a published name of this module)
 
 import torch
 import torch.nn.functional as torch_functional
@@ -15,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 _is_compiling = torch.compiler.is_compiling
 _autocast_somewhere = torch._C._is_any_autocast_enabled
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- 4 bit
 
 
 class MatMul4Bit(torch.autograd.Function):
@@ -42,22 +48,12 @@ class MatMul4Bit(torch.autograd.Function):
                 product = _backward_product if _is_compiling() else _InputGradient.apply
                 grad_A = product(grad, *_saved_weight(ctx))
         if ctx.needs_input_grad[3]:
-            rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
-            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+            grad_bias = _bias_gradient(grad, ctx.bias_dtype)
         return grad_A, None, None, grad_bias, None
 
     @staticmethod
     def vmap(info, in_dims, A, B, out, bias, quant_state):
-        A_dim, B_dim, _, bias_dim, _ = in_dims
-        if B_dim is not None:
-            raise NotImplementedError("vmap over the packed weight is not supported; map over the activations or the bias")
-        if A_dim is not None:
-            A = A.movedim(A_dim, 0)
-        if bias_dim is None:
-            return MatMul4Bit.apply(A, B, None, bias, quant_state), (None if A_dim is None else 0)
-        product = MatMul4Bit.apply(A, B, None, None, quant_state)
-        middle = A.dim() - 1 - (A_dim is not None)
-        return product + bias.movedim(bias_dim, 0).reshape(info.batch_size, *[1] * middle, -1), 0
+        return _mapped_product(MatMul4Bit, info, in_dims, A, B, bias, quant_state)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -187,6 +183,294 @@ def _product_with_transposed(A: torch.Tensor, B: torch.Tensor, state: QuantState
 
 def _as_column(B: torch.Tensor) -> torch.Tensor:
     return B.reshape(-1, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- 8 bit
+
+
+@dataclass(eq=False)
+class MatmulLtState:
+    """What ``matmul`` has to know of an int8 weight, besides the weight.
+
+    Attributes:
+        CB: int8 codes of the weight, [out_features, in_features].
+        SCB: their scales, float32 [out_features].
+        threshold: activations of at least this magnitude are outliers, whose columns are multiplied in floating point; 0: there are none.
+        has_fp16_weights: the weight stays in floating point and is quantised for each product, so that it can be trained.
+        idx: columns of the latest activations that held outliers, int64, ascending; None before the first product with a threshold.
+        is_training: of the layer; for information.
+        use_pool: for information.
+    The others have no meaning any more; they can be set for the sake of programs that do. So can any other attribute.
+    """
+
+    force_no_igemmlt: bool = False
+    CB: torch.Tensor | None = None
+    SB: torch.Tensor | None = None
+    SCB: torch.Tensor | None = None
+    SBt: torch.Tensor | None = None
+    CBt: torch.Tensor | None = None
+    subB: torch.Tensor | None = None
+    outlier_pool: "GlobalOutlierPooler | None" = None
+    idx: torch.Tensor | None = None
+
+    has_accumulated_gradients = False
+    threshold = 0.0
+    is_training = True
+    has_fp16_weights = True
+    use_pool = False
+
+    def reset_grads(self) -> None:
+        """Forgets the codes of the weight."""
+        self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+
+    def __eq__(self, other) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+
+    __hash__ = None
+
+    def __getattr__(self, name: str):
+        if name in ("CxB", "CxBt", "formatB", "_tile_indices"):
+            warnings.warn(f"MatmulLtState.{name} is deprecated and always None: weights have one layout", FutureWarning, stacklevel=2)
+            return None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
+
+
+def _outlier_columns(state: MatmulLtState) -> torch.Tensor | None:
+    """The indices; they are looked up in the mask of columns when somebody asks, because counting them makes a GPU wait."""
+    found = state.__dict__.get("idx")
+    if found is not None and found.dtype == torch.bool:
+        state.__dict__["idx"] = found = found.nonzero().flatten()
+    return found
+
+
+def _set_outlier_columns(state: MatmulLtState, columns: torch.Tensor | None) -> None:
+    state.__dict__["idx"] = columns
+
+
+MatmulLtState.idx = property(_outlier_columns, _set_outlier_columns)  # not in the class, where it would be the field's default
+
+
+class GlobalOutlierPooler:
+    """A set of outlier dimensions that layers of one width share. Kept for programs that use it; nothing here does."""
+
+    _instance = None
+
+    def __init__(self):
+        raise RuntimeError("GlobalOutlierPooler is a singleton: call GlobalOutlierPooler.get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> "GlobalOutlierPooler":
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self) -> None:
+        self.outliers = set()
+        self.model_dim = None
+
+    def add_outliers(self, outlier_idx: torch.Tensor, feature_dim: int) -> None:
+        """Adds indices. The first call decides for which width; those of other widths are ignored."""
+        if self.model_dim is None:
+            self.model_dim = feature_dim
+        if feature_dim == self.model_dim:
+            self.outliers.update(outlier_idx.tolist())
+
+    def get_current_outlier_idx(self) -> torch.Tensor:
+        return torch.tensor(sorted(self.outliers), dtype=torch.int64)
+
+
+class MatMul8bitLt(torch.autograd.Function):
+    """``A @ W.T + bias`` by LLM.int8(): the rows of A are quantised for the product, outlier columns multiplied in floating point.
+
+    ``apply(A, B, out, bias, state)``; ``out`` is ignored. With codes for B nothing but them is saved for the backward pass: the gradient
+    of A is ``grad @ W``, the quantisation of A counting as the identity. With floating-point B (``state.has_fp16_weights``) what is saved
+    is B, and A if B wants a gradient; both gradients are those of the floating-point product.
+    """
+
+    @staticmethod
+    def forward(A, B, out=None, bias=None, state=None):
+        codes, scales = _codes_and_scales(B, state)
+        threshold = 0.0 if state is None else state.threshold
+        result, outliers = invoke("int8_linear", A, codes, scales, bias, threshold)
+        if threshold > 0.0 and not _is_compiling():
+            state.idx = outliers
+        return result
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        A, B, _, bias, state = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.in_floating_point = _multiplies_floating_point(B, state)
+        if ctx.in_floating_point:
+            ctx.save_for_backward(*(tensor if wanted else None for tensor, wanted in ((A, B.requires_grad), (B, A.requires_grad))))
+        else:
+            ctx.save_for_backward(*_codes_and_scales(B, state))
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_A = grad_B = grad_bias = None
+        first, second = ctx.saved_tensors
+        with _without_autocast(grad.device.type):
+            if ctx.needs_input_grad[0] and ctx.in_floating_point:
+                grad_A = grad @ second.to(grad.dtype)
+            elif ctx.needs_input_grad[0]:
+                product = _int8_backward_product if _is_compiling() else _Int8InputGradient.apply
+                grad_A = product(grad, first, second)
+            if ctx.needs_input_grad[1] and ctx.in_floating_point:
+                grad_B = _rows(grad).t() @ _rows(first).to(grad.dtype)
+            if ctx.needs_input_grad[3]:
+                grad_bias = _bias_gradient(grad, ctx.bias_dtype)
+        return grad_A, grad_B, None, grad_bias, None
+
+    @staticmethod
+    def vmap(info, in_dims, A, B, out, bias, state):
+        return _mapped_product(MatMul8bitLt, info, in_dims, A, B, bias, state)
+
+
+class MatMul8bitFp(MatMul8bitLt):
+    """As ``MatMul8bitLt``, but the activations stay in floating point: more exact, slower, and ``state.threshold`` has no meaning."""
+
+    @staticmethod
+    def forward(A, B, out=None, bias=None, state=None):
+        weight = B if _multiplies_floating_point(B, state) else _dense(*_codes_and_scales(B, state))
+        return torch_functional.linear(A, weight.to(A.dtype), None if bias is None else bias.to(A.dtype))
+
+    @staticmethod
+    def vmap(info, in_dims, A, B, out, bias, state):
+        return _mapped_product(MatMul8bitFp, info, in_dims, A, B, bias, state)
+
+
+class _Int8InputGradient(torch.autograd.Function):
+    """``grad @ W``: a function of its own, so that it can be differentiated again. ``apply(grad, codes, scales)``."""
+
+    @staticmethod
+    def forward(grad, codes, scales):
+        return _int8_backward_product(grad, codes, scales)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch_functional.linear(grad, _dense(*ctx.saved_tensors).to(grad.dtype)), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, grad, codes, scales):
+        return _Int8InputGradient.apply(grad.movedim(in_dims[0], 0), codes, scales), 0
+
+
+def _int8_backward_product(grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``grad @ W`` without a gradient."""
+    return invoke("int8_linear_backward", grad, codes, scales)
+
+
+def _dense(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return invoke("int8_vectorwise_dequant", codes, scales)
+
+
+def _multiplies_floating_point(B: torch.Tensor, state: MatmulLtState | None) -> bool:
+    """Whether the weight is B itself and not codes for it."""
+    return B.is_floating_point() and (state is None or state.has_fp16_weights)
+
+
+def _codes_and_scales(B: torch.Tensor, state: MatmulLtState | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The quantised weight: B if it carries its scales, else what the state holds, else B quantised now.
+
+    Raises:
+        RuntimeError: codes without scales.
+    """
+    if _multiplies_floating_point(B, state):
+        codes, scales, _ = invoke("int8_vectorwise_quant", B.detach(), 0.0)
+        return codes, scales
+    scales = getattr(B, "SCB", None)
+    if scales is not None and B.dtype == torch.int8:
+        return B, scales
+    if state is None or state.CB is None:
+        if not B.is_floating_point():
+            raise RuntimeError(
+                "matmul got an int8 weight without scales; pass a MatmulLtState with CB = the codes and SCB = their scales "
+                "(the largest magnitude of each row of the original weight). They cannot be computed from the codes."
+            )
+        state.CB, state.SCB, _ = invoke("int8_vectorwise_quant", B.detach(), 0.0)
+    if state.SCB is None:
+        raise RuntimeError("matmul got a MatmulLtState with codes CB but without SCB, their scales, which cannot be computed from the codes")
+    return state.CB, state.SCB
+
+
+def matmul(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    out: torch.Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``A @ B.T + bias`` by LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), the same in training and evaluation.
+
+    Under autocast A and bias are cast to its dtype first, as ``torch.nn.functional.linear`` does.
+
+    Args:
+        A: [..., in_features], float16, bfloat16 or float32. It is not changed.
+        B: [out_features, in_features]: int8 codes, or floating-point values to be quantised.
+        out: ignored.
+        state: how to multiply, and the codes and scales of a B that does not carry its scales itself (as Int8Params does); see
+            ``MatmulLtState``. Default: B is a floating-point weight that can be trained.
+        threshold: outlier threshold; a positive one is stored in ``state``.
+        bias: [out_features], floating point.
+
+    Returns:
+        [..., out_features], dtype of A. Gradients flow to A, bias and a floating-point B.
+
+    Raises:
+        TypeError: A of another dtype.
+        RuntimeError: sizes that do not fit together; int8 codes without scales.
+    """
+    if state is None:
+        state = MatmulLtState()
+    if threshold > 0.0:
+        state.threshold = threshold
+    if _autocast_somewhere():
+        A, bias = _as_autocast_wants(A, bias)
+    if A.dtype not in FLOATS:
+        raise TypeError(f"matmul takes float16, bfloat16 or float32 activations, got {A.dtype}")
+    if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)):
+        return MatMul8bitLt.apply(A, B, None, bias, state)
+    return MatMul8bitLt.forward(A, B, None, bias, state)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------- common
+
+
+def _rows(A: torch.Tensor) -> torch.Tensor:
+    return A.unsqueeze(0) if A.dim() == 1 else A.flatten(0, -2)
+
+
+def _bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _rows(grad).sum(0, dtype=dtype)
+
+
+def _mapped_product(function: type[torch.autograd.Function], info, in_dims, A, B, bias, state) -> tuple[torch.Tensor, int | None]:
+    """``torch.vmap`` of a product: one product with all the rows, and a bias for each of them if that is mapped over too."""
+    A_dim, B_dim, _, bias_dim, _ = in_dims
+    if B_dim is not None:
+        raise NotImplementedError("vmap over a quantised weight is not supported; map over the activations or the bias")
+    if A_dim is not None:
+        A = A.movedim(A_dim, 0)
+    if bias_dim is None:
+        return function.apply(A, B, None, bias, state), (None if A_dim is None else 0)
+    product = function.apply(A, B, None, None, state)
+    middle = A.dim() - 1 - (A_dim is not None)
+    return product + bias.movedim(bias_dim, 0).reshape(info.batch_size, *[1] * middle, -1), 0
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

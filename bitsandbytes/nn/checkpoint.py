@@ -1,7 +1,8 @@
 """How a quantised weight is written to a state dict and read from one, for every layer that has one.
 
 A 4-bit weight under the key ``W`` is stored as its packed codes ``W`` and its statistics ``W.absmax``, ``W.quant_map``,
-``W.quant_state.bitsandbytes__<type>`` and, double-quantised, ``W.nested_absmax`` and ``W.nested_quant_map``.
+``W.quant_state.bitsandbytes__<type>`` and, double-quantised, ``W.nested_absmax`` and ``W.nested_quant_map``. An 8-bit weight ``weight`` has
+the neighbours ``SCB``, the scales of its rows, and ``weight_format``, the number of the layout that the codes are in; only rows are left.
 
 Reading comes in two steps, so that a layer is either loaded or left as it was: a reader looks at the state dict and says what it found, what
 is missing and what is wrong; only then does ``load`` change anything. Dicts that say nothing about the weight (adapter checkpoints)
@@ -20,6 +21,7 @@ import torch
 from .. import functional
 from .._ops import BLOCKSIZES_4BIT, NESTED_BLOCKSIZE, STORAGE_DTYPES, packed_length
 from ..quant_state import QuantState
+from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
 PACKED_KEYS = tuple(f"quant_state.{key}" for key in QuantState.valid_qs_type_keys)
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *PACKED_KEYS)
@@ -57,6 +59,15 @@ def save_4bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
         _make_keys_resolvable(layer.weight, state, statistics)
     for name, tensor in statistics.items():
         destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
+
+
+def save_8bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Adds the scales of a layer's weight to a state dict that holds its codes already."""
+    scales = getattr(layer.weight, "SCB", None)
+    if scales is None or layer.weight.dtype != torch.int8:
+        return
+    destination[prefix + "SCB"] = scales if keep_vars else scales.detach()
+    destination[prefix + "weight_format"] = torch.tensor(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"], dtype=torch.uint8, device="cpu")
 
 
 def _is_sharded(weight: torch.Tensor) -> bool:
@@ -186,7 +197,7 @@ def _read_packed(layer, key: str, codes: torch.Tensor, statistics: dict[str, Any
 
 
 def _read_dense(layer, values: torch.Tensor, found: Finding, assign: bool) -> Finding:
-    quantised = layer.quant_state is not None
+    quantised = layer._is_quantised()
     if not quantised and not (assign and layer._recipe()):
         return Finding()  # an ordinary parameter
     weight = layer._new_weight(values)
@@ -194,6 +205,68 @@ def _read_dense(layer, values: torch.Tensor, found: Finding, assign: bool) -> Fi
         weight = weight.to(values.device if assign else layer.weight.device)
     found.install = lambda: layer._take_weight(weight, assign)
     return found
+
+
+def read_8bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> Finding:
+    """Looks for a layer's weight, as int8 codes with their scales or dense, in a state dict.
+
+    Codes go into a layer that is quantised already, or become its weight where there is none yet (meta, ``assign``). A dense weight is
+    quantised if the layer is, and otherwise left to ``nn.Module``, unless that would replace the parameter and lose its class.
+
+    Raises:
+        ValueError: the codes are in a layout of old releases, which depended on the GPU, or an unknown one.
+    """
+    key, scales_key, format_key = prefix + "weight", prefix + "SCB", prefix + "weight_format"
+    if key not in state_dict:
+        return Finding(missing=[key] if scales_key in state_dict else [])
+    codes, scales = state_dict[key], state_dict.get(scales_key)
+    require_row_format(state_dict.get(format_key, "row"))
+    found = Finding(keys={key, scales_key, format_key} & state_dict.keys())
+    shape = list(layer._dense_shape)
+    if not isinstance(codes, torch.Tensor):
+        found.errors.append(f'"{key}" must be a tensor, got {type(codes).__name__}')
+    elif scales is None and codes.is_floating_point() and list(codes.shape) == shape:
+        return _read_dense(layer, codes, found, assign)
+    elif scales is None and codes.dtype == torch.int8:
+        found.missing.append(scales_key)
+    elif not layer._takes_codes(assign):
+        found.errors.append(
+            f"Loading a quantized checkpoint into non-quantized {type(layer).__name__} is not supported: "
+            f'"{scales_key}" belongs to int8 codes. Move the layer to a device first, or load with assign=True.'
+        )
+    elif codes.dtype != torch.int8 or list(codes.shape) != shape:
+        found.errors.append(
+            f"size mismatch for {key}: the checkpoint holds {codes.dtype} {list(codes.shape)}, "
+            f"the layer takes a floating-point or (with its scales) int8 weight of shape {shape}"
+        )
+    elif not isinstance(scales, torch.Tensor) or not scales.is_floating_point() or scales.numel() != shape[0]:
+        seen = f"{scales.dtype} {list(scales.shape)}" if isinstance(scales, torch.Tensor) else type(scales).__name__
+        found.errors.append(f'"{scales_key}" must hold {shape[0]} floating-point scales, one for each row of the weight, got {seen}')
+    else:
+        _read_codes(layer, codes, scales, found, assign)
+    return found
+
+
+def require_row_format(stored) -> None:
+    """Checks the layout of an int8 weight, a name or the number (or tensor of it) that checkpoints hold.
+
+    Raises:
+        ValueError: it is unknown, or not "row".
+    """
+    number = stored.item() if isinstance(stored, torch.Tensor) else stored
+    name = number if isinstance(number, str) else INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.get(number)
+    if name not in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING:
+        raise ValueError(f"unknown int8 weight format {number!r}; expected one of {LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING}")
+    if name != "row":
+        raise ValueError(f"int8 weights in the {name!r} layout are not supported; save the checkpoint again in the row layout")
+
+
+def _read_codes(layer, codes: torch.Tensor, scales: torch.Tensor, found: Finding, assign: bool) -> None:
+    device = codes.device if assign else layer.weight.device
+    scales = scales.detach().reshape(-1).to(device, torch.float32, copy=not assign)
+    codes = codes.detach() if assign else codes.to(device, copy=True)
+    weight = layer._new_weight(codes, SCB=scales, requires_grad=False)
+    found.install = lambda: layer._take_weight(weight, assign)
 
 
 def require_consistent(codes: torch.Tensor, state: QuantState, shape: tuple[int, ...] | None = None) -> None:

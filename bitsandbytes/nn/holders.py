@@ -1,0 +1,213 @@
+"""What layers with a quantised weight share, whatever they compute with it.
+
+They keep the class and the statistics of their ``weight`` when ``nn.Module`` moves, pickles or replaces it, save and load it (see checkpoint.py),
+and while it is a plain floating-point matrix they say so once. ``Holds4bitWeight`` and ``Holds8bitWeight`` are mixins for
+layers: each names its kind of parameter, how one is made, and what else the layer has to remember.
+"""
+
+import logging
+
+import torch
+from torch import nn
+
+from .._ops import FLOATS
+from ..quant_state import QuantState
+from . import checkpoint
+from .parameters import Int8Params, Params4bit, QuantisedParameter
+
+logger = logging.getLogger("bitsandbytes.nn.modules")  # where users listen for all of the layers
+
+
+def described(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+def require_float(module: nn.Module, x: torch.Tensor) -> None:
+    if x.dtype not in FLOATS and x.dtype is not torch.float64:
+        raise TypeError(f"{described(module)} takes float16, bfloat16, float32 or float64 inputs, got {x.dtype}")
+
+
+class _HoldsQuantisedWeight:
+    """A layer whose ``weight`` is a ``parameter_class``, or was and has been replaced by a plain tensor."""
+
+    parameter_class: type[QuantisedParameter]
+
+    @property
+    def _dense_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _is_dense(self, weight: torch.Tensor) -> bool:
+        """Whether ``weight`` holds plain values rather than codes."""
+        return weight.is_floating_point() and tuple(weight.shape) == self._dense_shape
+
+    def _recipe(self) -> dict:
+        """How the weight is, or is going to be, quantised: arguments for ``parameter_class``."""
+        raise NotImplementedError
+
+    def _is_quantised(self) -> bool:
+        raise NotImplementedError
+
+    def _remember(self, weight: QuantisedParameter) -> None:
+        """Notes what the layer keeps of its weight's statistics, besides the weight."""
+
+    def _new_weight(self, data: torch.Tensor, **attributes) -> QuantisedParameter:
+        """A weight for this layer, not yet in place."""
+        return self.parameter_class(data, **{**self._recipe(), **attributes})
+
+    def _take_weight(self, loaded: QuantisedParameter, assign: bool) -> None:
+        """Puts a loaded weight in place: as the new parameter, or into the present one so that whoever shares it sees it."""
+        weight = self.weight
+        if assign or weight.is_meta or not isinstance(weight, self.parameter_class):
+            loaded.module = self
+            self.weight = weight = loaded
+        elif weight.shape == loaded.shape and weight.dtype == loaded.dtype:
+            with torch.no_grad():
+                weight.copy_(loaded.data)
+        else:
+            weight.requires_grad_(weight.requires_grad and loaded.is_floating_point())
+            weight.data = loaded.data
+        weight.take_statistics(loaded)
+        self._remember(weight)
+
+    def _apply(self, fn, recurse=True):
+        # nn.Module moves tensors; it knows nothing of their statistics, and where it cannot move in place it makes a plain Parameter.
+        weight, kept = self._parameters.get("weight"), None
+
+        def move(tensor):
+            nonlocal kept
+            moved = fn(tensor)
+            if tensor is weight and isinstance(weight, self.parameter_class):
+                kept = {**vars(moved if isinstance(moved, self.parameter_class) else weight), "module": vars(weight).get("module")}
+                moved = moved.data
+            return moved
+
+        super()._apply(move, recurse)
+        if kept is not None:
+            weight = self._parameters["weight"]
+            if not isinstance(weight, self.parameter_class):
+                self.weight = weight = self.parameter_class(weight.data, **{**kept, "requires_grad": weight.requires_grad})
+            vars(weight).update(kept)
+            self._remember(weight)
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        weight = self._parameters["weight"]
+        if self._was_quantisable(weight):  # pickled by the published library, which loses the class
+            self.weight = weight = self.parameter_class(weight.data, **{**vars(weight), "requires_grad": weight.requires_grad})
+        if isinstance(weight, self.parameter_class):
+            weight.module = self
+
+    def _was_quantisable(self, weight: torch.Tensor) -> bool:
+        """Whether ``weight`` is a plain tensor that carries the attributes of a ``parameter_class``."""
+        return not isinstance(weight, self.parameter_class) and vars(self.parameter_class()).keys() - {"module"} <= vars(weight).keys()
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        said = self.__dict__.setdefault("_said", set())
+        if topic not in said and not torch.compiler.is_compiling():
+            said.add(topic)
+            logger.warning(f"{described(self)}: {message}")
+
+    def _warn_about_dense_weight(self, weight: torch.Tensor) -> None:
+        self._warn_once(
+            "dense",
+            f"the weight is a plain {weight.dtype} matrix and is used as it is, in full precision. "
+            "To quantise it, move the layer to a device (layer.to('cpu'), layer.to('cuda')).",
+        )
+
+
+class Holds4bitWeight(_HoldsQuantisedWeight):
+    """A layer with a ``Params4bit``. It remembers the quant_state, so that a weight that lost it (FSDP makes plain parameters) gets it back."""
+
+    parameter_class = Params4bit
+
+    @property
+    def quant_state(self) -> QuantState | None:
+        """The state of the weight; None while it is not quantised. Survives the weight's being replaced by a plain packed tensor."""
+        state = getattr(self.weight, "quant_state", None)
+        return state if state is not None or self._is_dense(self.weight) else self.__dict__.get("quant_state")
+
+    @quant_state.setter
+    def quant_state(self, state: QuantState | None) -> None:
+        self.__dict__["quant_state"] = state
+
+    def _is_quantised(self):
+        return self.quant_state is not None
+
+    def _remember(self, weight):
+        self.quant_state = weight.quant_state
+
+    def _recipe(self):
+        state = self.quant_state
+        if state is None:
+            names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            return {name: getattr(self.weight, name) for name in names if hasattr(self.weight, name)}
+        return {
+            "blocksize": state.blocksize,
+            "compress_statistics": state.nested,
+            "quant_type": state.quant_type,
+            "quant_storage": self.weight.dtype,
+        }
+
+    def _recovered_state(self, weight: torch.Tensor) -> QuantState:
+        """The state that the layer remembers, for packed codes that lost theirs.
+
+        Raises:
+            RuntimeError: it remembers none.
+        """
+        state = self.__dict__.get("quant_state")
+        if state is None:
+            raise RuntimeError(
+                f"{described(self)}: the weight holds packed 4-bit codes ({weight.dtype} {list(weight.shape)}) but its quant_state is missing, "
+                "so they have no meaning. Load the complete checkpoint (weight, weight.absmax, weight.quant_map, weight.quant_state.*) with "
+                "load_state_dict, or assign a weight made by Params4bit.from_prequantized."
+            )
+        if isinstance(weight, Params4bit):
+            weight._adopt(state)
+        return state
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        checkpoint.save_4bit(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args):
+        checkpoint.load(self, super()._load_from_state_dict, checkpoint.read_4bit, *args)
+
+
+class Holds8bitWeight(_HoldsQuantisedWeight):
+    """A layer with an ``Int8Params``."""
+
+    parameter_class = Int8Params
+
+    def _recipe(self):
+        return {"requires_grad": self.weight.requires_grad, "has_fp16_weights": getattr(self.weight, "has_fp16_weights", False)}
+
+    def _is_quantised(self):
+        return self.weight.dtype == torch.int8
+
+    def _takes_codes(self, assign: bool) -> bool:
+        """Whether int8 codes from a checkpoint may become the weight, as opposed to one that is shared with others or trained as it is."""
+        weight = self.weight
+        return isinstance(weight, Int8Params) and not weight.has_fp16_weights and (assign or self._is_quantised())
+
+    def _scales_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The scales of int8 codes.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        scales = getattr(weight, "SCB", None)
+        if scales is None:
+            raise RuntimeError(
+                f"{described(self)}: the weight holds int8 codes but SCB, their scales (the largest magnitude of each row of the original weight), "
+                "is missing, and it cannot be computed from the codes. Load the complete checkpoint (weight and SCB) with load_state_dict, "
+                "or assign a weight with its scales: layer.weight = Int8Params(codes, requires_grad=False, SCB=scales)."
+            )
+        return scales
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        checkpoint.save_8bit(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args):
+        checkpoint.load(self, super()._load_from_state_dict, checkpoint.read_8bit, *args)
