@@ -1,9 +1,15 @@
-"""Small helpers without a home of their own: JSON in tensors, format numbers of int8 checkpoints, shell output, device sync."""
+"""Small helpers without a home of their own: JSON in tensors, format numbers of int8 checkpoints, shell output, device sync.
+
+Replacing linear layers and finding outlier features live in small modules of their own and are re-exported here.
+"""
 
 import json
 import subprocess
 
 import torch
+
+from .outliers import OutlierTracer, find_outlier_dims, outlier_hook  # noqa: F401
+from .replacement import modules_to_skip, replace_linear  # noqa: F401
 
 # Layouts that int8 checkpoints were written in; the number is what `weight_format` holds.
 LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
