@@ -31,7 +31,7 @@ NESTED_BLOCKSIZE = 256
 OPTIMIZER_BLOCKSIZE = 256
 CODE_SIZE = 256
 
-# algorithm -> number of state tensors it needs
+# algorithm -> number of state tensors it needs. AdEMAMix keeps two moments in the first.
 OPTIMIZER_STATES = {"adam": 2, "lamb": 2, "ademamix": 2, "momentum": 1, "lars": 1, "lion": 1, "rmsprop": 1, "adagrad": 1}
 
 _CHECKS: dict[str, Callable] = {}
@@ -707,5 +707,82 @@ _declare(
     "float beta1, float beta2, float beta3, float alpha, float eps, int step, float lr, Tensor(a4!) qmap1, Tensor(a5!)? qmap2, "
     "Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()",
     _check_optimizer_update_8bit_blockwise,
+    fake=lambda *args, **kwargs: None,
+)
+
+
+def optimizer_moments(algorithm: str, beta2: float, amsgrad: bool, centered: bool) -> int:
+    """How many moments ``optimizer_step`` keeps of a parameter."""
+    return OPTIMIZER_STATES[algorithm] + (algorithm == "ademamix") + amsgrad + centered + (algorithm == "rmsprop" and beta2 > 0.0)
+
+
+def _check_optimizer_step(
+    p, g, moments, absmax, qmaps, unorm, algorithm, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale=1.0, max_unorm=0.0,
+    skip_zeros=False, decoupled_weight_decay=True, bias_correction=True, nesterov=False, amsgrad=False, centered=False, seeds=(),
+):  # fmt: skip
+    op = "optimizer_step"
+    if algorithm not in OPTIMIZER_STATES:
+        raise ValueError(f"{op}: unknown optimizer {algorithm!r}; choose one of {sorted(OPTIMIZER_STATES)}")
+    for name, wanted, algorithms in (
+        ("amsgrad", amsgrad, ("adam", "lamb")), ("centered", centered, ("rmsprop",)), ("nesterov", nesterov, ("momentum", "lars")),
+    ):  # fmt: skip
+        if wanted and algorithm not in algorithms:
+            raise ValueError(f"{op}: {name} is an option of {' and '.join(algorithms)}, not of {algorithm}")
+    if step < 1:
+        _fail(f"{op}: steps are counted from 1, got step {step}")
+    count = optimizer_moments(algorithm, beta2, amsgrad, centered)
+    lengths = {"g": (g, 1), "moments": (moments, count)}
+    if qmaps:
+        lengths["absmax"] = (absmax, count)
+        if len(qmaps) != count:
+            _fail(f"{op}: {algorithm} needs {count} code tables in qmaps, got {len(qmaps)}")
+        for qmap in qmaps:
+            _require_code(op, qmap)
+    if max_unorm > 0.0:
+        lengths["unorm"] = (unorm, 1)
+    if seeds:
+        lengths["seeds"] = (seeds, 1)
+    for name, (items, each) in lengths.items():
+        if len(items) != each * len(p):
+            _fail(f"{op}: {len(p)} parameters need {each * len(p)} tensors (or numbers) in {name}, got {len(items)}")
+    _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count)
+
+
+def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count):
+    if not p:
+        return
+    dtype, device = p[0].dtype, p[0].device
+    state_dtype = torch.uint8 if qmaps else torch.float32
+    _require_float(op, "p", dtype)
+    for i, (parameter, gradient) in enumerate(zip(p, g)):
+        n = parameter.numel()
+        if parameter.dtype != dtype:
+            _fail(f"{op}: the parameters of one call must have one dtype, got {dtype} and {parameter.dtype}")
+        _require_float(op, "g", gradient.dtype)
+        _require_size(op, "g", gradient, n)
+        for moment in moments[i * count : (i + 1) * count]:
+            if moment.dtype != state_dtype:
+                _fail(f"{op}: moments must be {state_dtype} {'with' if qmaps else 'without'} qmaps, got {moment.dtype}")
+            _require_size(op, "a moment", moment, n)
+        for statistics in absmax[i * count : (i + 1) * count] if qmaps else ():
+            _require_dtype(op, "absmax", statistics, (torch.float32,))
+            _require_size(op, "absmax", statistics, blocks(n, OPTIMIZER_BLOCKSIZE))
+    for norm in unorm:
+        _require_dtype(op, "unorm", norm, (torch.float32,))
+        _require_at_least(op, "unorm", norm, 1)
+    for tensors in (p, g, moments, absmax, qmaps, unorm):
+        for tensor in tensors:
+            if tensor.device != device:
+                _fail(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
+
+
+# One step of one algorithm over many parameters: everything that bitsandbytes.optim does to tensors. backends/default/optimizers.py says what
+# it computes, operation by operation.
+_declare(
+    "optimizer_step(Tensor(a0!)[] p, Tensor[] g, Tensor(a1!)[] moments, Tensor(a2!)[] absmax, Tensor[] qmaps, Tensor(a3!)[] unorm, "
+    "str algorithm, int step, float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
+    "float gnorm_scale=1.0, float max_unorm=0.0, bool skip_zeros=False, bool decoupled_weight_decay=True, bool bias_correction=True, "
+    "bool nesterov=False, bool amsgrad=False, bool centered=False, int[] seeds=[]) -> ()",
+    _check_optimizer_step,
     fake=lambda *args, **kwargs: None,
 )

@@ -364,3 +364,16 @@ def optimizer_update_8bit_blockwise(
         optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, qmap1, qmap2, absmax1, absmax2, weight_decay,
         gnorm_scale, skip_zeros,
     )  # fmt: skip
+
+
+def optimizer_step(p: list[Tensor], g: list[Tensor], moments: list[Tensor], absmax: list[Tensor], qmaps: list[Tensor], unorm: list[Tensor], **settings):
+    """One step of many parameters in place, in one call: what the optimizers of ``bitsandbytes.optim`` do.
+
+    Args:
+        p, g: parameters of one dtype, and their gradients.
+        moments, absmax, qmaps: the K moments of the first parameter, of the second, ...: float32, or uint8 codes with their statistics, and the
+            K code tables.
+        unorm: one tensor a parameter with ``max_unorm``, else empty.
+        settings: the algorithm and its hyperparameters, named as in the operator ``torch.ops.bitsandbytes.optimizer_step``.
+    """
+    torch.ops.bitsandbytes.optimizer_step(p, g, moments, absmax, qmaps, unorm, **settings)

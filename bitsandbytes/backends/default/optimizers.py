@@ -6,22 +6,36 @@ These functions define what every other backend must compute.
 
 The arithmetic is float32 whatever the dtype of the parameter, which is rounded once, at the end. A gradient element that is NaN or
 infinite spoils its own parameter element, as in torch.optim, and no other.
+
+``optimizer_step`` steps many parameters and knows every option; the two single-tensor operators are the published ones, by the same functions.
+What is exact about them, for other backends to repeat bit for bit where torch's CPU kernels have fused multiply-add (AVX2 and up):
+
+* Scalars such as 1 - beta or lr * weight_decay are computed in double precision and rounded to float32 once.
+* ``x.mul_(a).add_(y, alpha=b)`` is fma(b, y, x * a); ``x.addcmul_(y, z, value=b)`` is fma(b * y, z, x). All else is rounded operation by
+  operation, in the order written; division and square root are correctly rounded.
+* Stochastic rounding: see rounding.py. 8-bit codes: see QuantisedMoment and quantize_blockwise.
+* Not exact, since it depends on the order of a sum: the norms that ``max_unorm`` needs.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch.nn.functional import pad
 
-from ..._ops import OPTIMIZER_BLOCKSIZE, OPTIMIZER_STATES, implement, invoke
+from ..._ops import OPTIMIZER_BLOCKSIZE, OPTIMIZER_STATES, implement, invoke, optimizer_moments
+from .rounding import round_stochastically
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The scalars of one step; the field names are those of the operator's arguments. ``step`` counts from 1."""
+    """The scalars of one step; the field names are those of the operators' arguments. ``step`` counts from 1.
+
+    The two betas are Adam's and Lion's. For momentum they are momentum and dampening, for RMSprop the smoothing and the momentum.
+    ``decoupled_weight_decay`` matters to algorithms of Adam's family only.
+    """
 
     beta1: float
     beta2: float
@@ -32,6 +46,11 @@ class Settings:
     step: int
     lr: float
     gnorm_scale: float
+    decoupled_weight_decay: bool = True
+    bias_correction: bool = True
+    nesterov: bool = False
+    amsgrad: bool = False
+    centered: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------------- algorithms
@@ -54,14 +73,19 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 
 def _bias_corrections(s: Settings) -> tuple[float, float]:
     """What to divide the mean by, and the root of the mean of squares, to make up for both having started at zero."""
-    return 1.0 - s.beta1**s.step, (1.0 - s.beta2**s.step) ** 0.5
+    return (1.0 - s.beta1**s.step, (1.0 - s.beta2**s.step) ** 0.5) if s.bias_correction else (1.0, 1.0)
 
 
 def _adam(g, moments, s: Settings):
-    """Kingma and Ba 2015, with the two bias corrections in one factor: (m / c1) / (r / c2 + eps) = c2 / c1 * m / (r + c2 * eps)."""
-    mean, square = moments
+    """Kingma and Ba 2015, with the two bias corrections in one factor: (m / c1) / (r / c2 + eps) = c2 / c1 * m / (r + c2 * eps).
+
+    AMSGrad (Reddi et al. 2018) divides by the largest mean of squares so far.
+    """
+    mean, square, *largest = moments
     _average(mean, g, s.beta1)
     _average_of_squares(square, g, s.beta2)
+    if s.amsgrad:
+        square = torch.maximum(largest[0], square, out=largest[0])
     c1, c2 = _bias_corrections(s)
     return _ratio(mean, square.sqrt().add_(c2 * s.eps)), c2 / c1
 
@@ -78,13 +102,16 @@ def _ademamix(g, moments, s: Settings):
 
 
 def _momentum(g, moments, s: Settings):
-    """Heavy ball. The first step takes the gradient itself."""
+    """Heavy ball, as in torch.optim.SGD: the first step takes the gradient itself, later ones a part of it (dampening, ``beta2``).
+
+    Nesterov's form (Sutskever et al. 2013) looks one step of the momentum ahead.
+    """
     (buffer,) = moments
     if s.step == 1:
         buffer.copy_(g)
     else:
-        buffer.mul_(s.beta1).add_(g)
-    return buffer, 1.0
+        buffer.mul_(s.beta1).add_(g, alpha=1.0 - s.beta2)
+    return (g.add(buffer, alpha=s.beta1) if s.nesterov else buffer), 1.0
 
 
 def _lion(g, moments, s: Settings):
@@ -96,10 +123,21 @@ def _lion(g, moments, s: Settings):
 
 
 def _rmsprop(g, moments, s: Settings):
-    """Hinton 2012, smoothed with ``beta1``."""
-    (square,) = moments
+    """Hinton 2012, smoothed with ``beta1``; Graves 2013 for the centred form, which divides by the deviation from the mean gradient.
+
+    Momentum (``beta2``) runs over the updates. Moments: mean of squares, then, where wanted, momentum, then mean.
+    """
+    square, *others = moments
     _average_of_squares(square, g, s.beta1)
-    return _ratio(g, square.sqrt().add_(s.eps)), 1.0
+    variance = square
+    if s.centered:
+        mean = others[-1]
+        _average(mean, g, s.beta1)
+        variance = square.addcmul(mean, mean, value=-1.0).clamp_(min=0.0)  # rounding may leave it just below zero
+    direction = _ratio(g, variance.sqrt().add_(s.eps))
+    if s.beta2 > 0.0:
+        direction = others[0].mul_(s.beta2).add_(direction)
+    return direction, 1.0
 
 
 def _adagrad(g, moments, s: Settings):
@@ -111,10 +149,13 @@ def _adagrad(g, moments, s: Settings):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How to step, and where weight decay goes: off the parameter before the step (decoupled) or into the gradient (coupled)."""
+    """How to step, and where weight decay goes: off the parameter before the step (decoupled, if wanted) or into the gradient (coupled)."""
 
     direction: Callable
     decoupled_decay: bool = False
+
+    def decouples(self, s: Settings) -> bool:
+        return self.decoupled_decay and s.decoupled_weight_decay
 
 
 # LAMB is Adam and LARS is momentum, each with the update limited in proportion to the parameter's norm (max_unorm).
@@ -128,6 +169,11 @@ ALGORITHMS = {
     "rmsprop": Algorithm(_rmsprop),
     "adagrad": Algorithm(_adagrad),
 }
+
+
+def _published_settings(name: str, beta1, beta2, *scalars) -> Settings:
+    """The single-tensor operators know neither dampening nor the momentum of RMSprop, whatever they are given as ``beta2``."""
+    return Settings(beta1, 0.0 if ALGORITHMS[name].direction in (_momentum, _rmsprop) else beta2, *scalars)
 
 
 def _moments(name: str, state1, state2) -> list:
@@ -155,14 +201,14 @@ class UpdateLimit:
     """
 
     max_unorm: float
-    param_norm: float
+    param_norm: Union[float, torch.Tensor]
     unorm_vec: torch.Tensor
 
     def apply(self, direction: torch.Tensor, factor: float) -> torch.Tensor:
         norm = torch.linalg.vector_norm(direction) * factor
         self.unorm_vec.fill_(norm)
-        limit = self.max_unorm * self.param_norm
-        return direction * torch.where(norm > limit, limit / norm, 1.0) if limit > 0.0 else direction
+        limit = torch.as_tensor(self.max_unorm * self.param_norm, dtype=torch.float32, device=norm.device)
+        return direction * torch.where((norm > limit) & (limit > 0.0), limit / norm, 1.0)
 
 
 def _touched(g: torch.Tensor, skip_zeros: bool) -> Optional[torch.Tensor]:
@@ -170,14 +216,16 @@ def _touched(g: torch.Tensor, skip_zeros: bool) -> Optional[torch.Tensor]:
     return g != 0.0 if skip_zeros else None
 
 
-def _step(name: str, g, p, moments, s: Settings, touched: Optional[torch.Tensor], limit: Optional[UpdateLimit] = None) -> None:
-    """Steps a parameter and its float32 moments, all of one shape, in place."""
+def _step(
+    name: str, g, p, moments, s: Settings, touched: Optional[torch.Tensor], limit: Optional[UpdateLimit] = None, seed: Optional[int] = None
+) -> None:
+    """Steps a parameter and its float32 moments, all of one shape, in place. With a seed the parameter is rounded stochastically."""
     algorithm = ALGORITHMS[name]
     gradient = g.to(torch.float32) if s.gnorm_scale == 1.0 else g.to(torch.float32) * s.gnorm_scale
     value = p if p.dtype == torch.float32 and touched is None else p.to(torch.float32, copy=True)
     before = [] if touched is None else [moment.clone() for moment in moments]
 
-    if s.weight_decay > 0.0 and algorithm.decoupled_decay:
+    if s.weight_decay > 0.0 and algorithm.decouples(s):
         value.mul_(1.0 - s.lr * s.weight_decay)
     elif s.weight_decay > 0.0:
         gradient = gradient.add(value, alpha=s.weight_decay)
@@ -190,6 +238,8 @@ def _step(name: str, g, p, moments, s: Settings, touched: Optional[torch.Tensor]
 
     if touched is not None:
         value = torch.where(touched, value, p)
+    if seed is not None and p.dtype != torch.float32:
+        value = round_stochastically(value, p.dtype, seed, s.step)
     if value is not p:
         p.copy_(value)
     for moment, old in zip(moments, before):
@@ -226,7 +276,7 @@ def optimizer_update_32bit(
         max_unorm, param_norm, unorm_vec: see UpdateLimit; no limit where ``max_unorm`` is 0.
         skip_zeros: leave the elements alone, states and all, whose gradient is exactly 0.
     """
-    settings = Settings(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    settings = _published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
     limit = UpdateLimit(max_unorm, param_norm, unorm_vec) if max_unorm > 0.0 else None
     moments = [moment.view(p.shape) for moment in _moments(optimizer_name, state1, state2)]
     gradient = g.reshape(p.shape)
@@ -311,7 +361,7 @@ def optimizer_update_8bit_blockwise(
         qmap1, qmap2: float32 [256], ascending: the values of the codes.
         absmax1, absmax2: float32, one for every 256 consecutive elements; for AdEMAMix absmax1 is [2, blocks].
     """
-    settings = Settings(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    settings = _published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
     stored = [
         QuantisedMoment(codes, absmax, qmap)
         for codes, absmax, qmap in zip(
@@ -327,3 +377,69 @@ def optimizer_update_8bit_blockwise(
     _reset_spoilt(moments)
     for moment, values in zip(stored, moments):
         moment.write(values, touched)
+
+
+# --------------------------------------------------------------------------------------------------------------- many parameters
+
+
+@implement("optimizer_step", "default")
+@torch.no_grad()
+def optimizer_step(
+    p: list[torch.Tensor],
+    g: list[torch.Tensor],
+    moments: list[torch.Tensor],
+    absmax: list[torch.Tensor],
+    qmaps: list[torch.Tensor],
+    unorm: list[torch.Tensor],
+    algorithm: str,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    gnorm_scale: float = 1.0,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+    decoupled_weight_decay: bool = True,
+    bias_correction: bool = True,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    centered: bool = False,
+    seeds: Optional[list[int]] = None,
+) -> None:
+    """One step of many parameters that share everything but their values.
+
+    Args:
+        p, g: parameters of one dtype, and their gradients: float32, float16 or bfloat16, of any strides.
+        moments: the K moments of the first parameter, then those of the second, ...; each like its parameter, in row order. K and the order:
+            adam, lamb: mean, mean of squares[, largest mean of squares with ``amsgrad``]; ademamix: fast mean, slow mean, mean of squares;
+            momentum, lars: buffer; lion: mean; adagrad: sum of squares; rmsprop: mean of squares[, momentum where ``beta2`` > 0][, mean where
+            ``centered``]. float32, or uint8 codes with ``qmaps``.
+        absmax: for 8-bit moments, in the order of ``moments``: float32, one for every 256 consecutive elements of one moment. Else empty.
+        qmaps: for 8-bit moments, K code tables, float32 [256]. Else empty.
+        unorm: with ``max_unorm`` one tensor for each parameter, that receives the norm of its update. Else empty.
+        gnorm_scale: factor on the gradients; -1 maximises.
+        max_unorm, skip_zeros: see UpdateLimit and ``optimizer_update_32bit``.
+        decoupled_weight_decay: False adds it to the gradient, for every algorithm.
+        seeds: empty, or one for each parameter: parameters of 16 bits are then rounded stochastically (see rounding.py).
+    """
+    settings = Settings(
+        beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, decoupled_weight_decay, bias_correction, nesterov, amsgrad, centered
+    )  # fmt: skip
+    count = optimizer_moments(algorithm, beta2, amsgrad, centered)
+    for i, parameter in enumerate(p):
+        mine = slice(i * count, (i + 1) * count)
+        stored = [QuantisedMoment(*parts) for parts in zip(moments[mine], absmax[mine], qmaps)]
+        values = [moment.read(parameter.shape) for moment in stored] or [moment.view(parameter.shape) for moment in moments[mine]]
+        gradient = g[i].reshape(parameter.shape)
+        touched = _touched(gradient, skip_zeros)
+        norm = torch.linalg.vector_norm(parameter, dtype=torch.float32) if max_unorm > 0.0 else None
+        limit = UpdateLimit(max_unorm, norm, unorm[i]) if max_unorm > 0.0 else None
+        _step(algorithm, gradient, parameter, values, settings, touched, limit, seeds[i] if seeds else None)
+        if stored:
+            _reset_spoilt(values)
+        for moment, new in zip(stored, values):
+            moment.write(new, touched)
