@@ -50,6 +50,9 @@ class _HoldsQuantisedWeight:
     def _remember(self, weight: QuantisedParameter) -> None:
         """Notes what the layer keeps of its weight's statistics, besides the weight."""
 
+    def _own(self, weight: QuantisedParameter) -> None:
+        """Lets a weight know that it is this layer's."""
+
     def _new_weight(self, data: torch.Tensor, **attributes) -> QuantisedParameter:
         """A weight for this layer, not yet in place."""
         return self.parameter_class(data, **{**self._recipe(), **attributes})
@@ -58,7 +61,7 @@ class _HoldsQuantisedWeight:
         """Puts a loaded weight in place: as the new parameter, or into the present one so that whoever shares it sees it."""
         weight = self.weight
         if assign or weight.is_meta or not isinstance(weight, self.parameter_class):
-            loaded.module = self
+            self._own(loaded)
             self.weight = weight = loaded
         elif weight.shape == loaded.shape and weight.dtype == loaded.dtype:
             with torch.no_grad():
@@ -77,7 +80,7 @@ class _HoldsQuantisedWeight:
             nonlocal kept
             moved = fn(tensor)
             if tensor is weight and isinstance(weight, self.parameter_class):
-                kept = {**vars(moved if isinstance(moved, self.parameter_class) else weight), "module": vars(weight).get("module")}
+                kept = vars(moved if isinstance(moved, self.parameter_class) else weight) | {n: v for n, v in vars(weight).items() if n == "module"}
                 moved = moved.data
             return moved
 
@@ -96,7 +99,7 @@ class _HoldsQuantisedWeight:
         if self._was_quantisable(weight):  # pickled by the published library, which loses the class
             self.weight = weight = self.parameter_class(weight.data, **{**vars(weight), "requires_grad": weight.requires_grad})
         if isinstance(weight, self.parameter_class):
-            weight.module = self
+            self._own(weight)
 
     def _was_quantisable(self, weight: torch.Tensor) -> bool:
         """Whether ``weight`` is a plain tensor that carries the attributes of a ``parameter_class``."""
@@ -136,6 +139,9 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
 
     def _remember(self, weight):
         self.quant_state = weight.quant_state
+
+    def _own(self, weight):
+        weight.module = self
 
     def _recipe(self):
         state = self.quant_state

@@ -50,7 +50,7 @@ class _QuantisedLinear(nn.Linear):
     def _bias_in(self, dtype: torch.dtype, bias: torch.Tensor) -> torch.Tensor:
         """The bias in ``dtype``. Outside of training a bias of another dtype is cast for good; every call would pay for it otherwise."""
         in_training = self._bias_in_training or bias.grad is not None
-        if not in_training and bias.requires_grad and _is_grad_enabled():
+        if not in_training and bias.requires_grad and _is_grad_enabled() and not _is_compiling():
             self._bias_in_training = True
         if bias.dtype is dtype:
             return bias
