@@ -347,8 +347,11 @@ class Int8Params(QuantisedParameter):
         A weight that is not quantised yet is quantised **in place** when a device is named (other than "meta"), wherever it is; dtype and
         non_blocking are then ignored. In every other case the result is a new parameter and this one stays as it is: floating values are
         moved and cast; int8 codes are moved with their scales, and not cast. On the meta device the scales stay where they are, so that loading the
-        codes brings the weight back.
+        codes brings the weight back. A device number means the CPU where there is no accelerator: accelerate sends weights that it offloads
+        through device 0.
         """
+        if args and isinstance(args[0], int) and not torch.accelerator.is_available():
+            args = ("cpu", *args[1:])
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if self.dtype == torch.int8:
             data = self.data if device is None else self.data.to(device, non_blocking=non_blocking)
