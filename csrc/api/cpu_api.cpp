@@ -1,5 +1,6 @@
 // Argument checks, the split over threads, and the call into the kernels.
 #include "api.h"
+#include "arguments.h"
 
 #include "../common/quantize.h"
 #include "../common/status.h"
@@ -13,26 +14,14 @@
 namespace bnb {
 namespace {
 
-// A thread should get at least this many elements: about 15 microseconds of work, some times what it costs to wake it.
-constexpr int64_t kElementsPerThread = 32768;
-
 // Below this a binary search beats building the cell table (about 10 microseconds).
 constexpr int64_t kElementsWorthCells = 16384;
-
-bool is_dtype(int32_t dtype) { return dtype == kFloat32 || dtype == kFloat16 || dtype == kBFloat16; }
 
 bool is_quant_type(int32_t type) { return type == kFP4 || type == kNF4; }
 
 int64_t element_size(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// Largest element count whose size in bytes, and any sum of two counts, stays within 64 bits.
-constexpr int64_t kMostElements = int64_t(1) << 60;
-
-bool is_count(int64_t n) { return n >= 0 && n <= kMostElements; }
-
 bool are_sizes(int64_t n, int64_t blocksize) { return is_count(n) && blocksize > 0; }
-
-int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // Splits the blocks over threads. `granule` blocks stay together.
 template <typename Args> void run_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t granule, int32_t threads) {

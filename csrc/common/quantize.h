@@ -18,6 +18,8 @@ constexpr uint32_t kQuietNaNBits = 0x7fc00000u;
 // Bits of |x|. As unsigned integers they are ordered like the magnitudes, with every NaN above infinity, so an integer maximum propagates NaN.
 BNB_HD uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffffu; }
 
+BNB_HD float magnitude(float x) { return float_from_bits(magnitude_bits(x)); }
+
 BNB_HD float absmax_from_bits(uint32_t largest) { return float_from_bits(largest > kInfinityBits ? kQuietNaNBits : largest); }
 
 BNB_HD float inverse_absmax(float absmax) { return absmax == 0.0f ? 0.0f : 1.0f / absmax; }
@@ -58,6 +60,23 @@ BNB_HD int blockwise_code(const float* midpoints, float v) {
     for (int step = 128; step > 0; step >>= 1)
         code += !(v <= midpoints[code + step - 1]) ? step : 0;
     return code;
+}
+
+// LLM.int8(): code = round(x * fl(127 / stat)) for the largest magnitude `stat` of a row or column, and 0 where that is not a number: a statistic of
+// zero, infinity or NaN alone says what was there. Next to denormals only the inverse is infinite and codes saturate.
+constexpr float kInt8Max = 127.0f;
+constexpr float kPerInt8Code = 1.0f / 127.0f;
+constexpr float kPerInt8Product = 1.0f / (127.0f * 127.0f);
+
+// Added to a number below 2^22 it rounds that to the nearest integer, ties to even, and leaves it in the low bits.
+constexpr float kRoundingShift = 12582912.0f; // 1.5 * 2^23
+
+BNB_HD int8_t int8_code(float x, float inverse) {
+    const float v = x * inverse;
+    if (!(v == v))
+        return 0;
+    const float clamped = v > kInt8Max ? kInt8Max : v < -kInt8Max ? -kInt8Max : v;
+    return int8_t(float_bits(clamped + kRoundingShift) & 0xffu);
 }
 
 // Element 2j lives in the high nibble of byte j, element 2j+1 in the low one.

@@ -6,6 +6,9 @@
 #elif defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace bnb {
@@ -15,6 +18,15 @@ inline bool cpu_runs_scalar() { return true; }
 #if defined(__aarch64__) || defined(_M_ARM64)
 
 inline bool cpu_runs_neon() { return true; }
+
+#if defined(__linux__)
+inline bool cpu_runs_neondot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#elif defined(__APPLE__)
+inline bool cpu_runs_neondot() { return true; } // every 64-bit ARM processor of a Mac
+#else
+inline bool cpu_runs_neondot() { return false; }
+#endif
+
 inline bool cpu_has_avx512f() { return false; }
 inline bool cpu_has_avx512bf16() { return false; }
 
@@ -42,12 +54,14 @@ inline bool cpu_runs_avx512() {
            __builtin_cpu_supports("avx512vl");
 }
 
+inline bool cpu_runs_avx512vnni() { return cpu_runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
 inline bool cpu_has_avx512bf16() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16");
 }
 
-inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512() && cpu_has_avx512bf16(); }
+inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && cpu_has_avx512bf16(); } // no processor has the one without the other
 
 #elif defined(_M_X64)
 
@@ -75,7 +89,8 @@ inline bool cpu_runs_avx512() {
 }
 
 inline bool cpu_has_avx512bf16() { return system_saves(0xe6) && cpuid_bit(7, 1, 0, 5); }
-inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512() && cpu_has_avx512bf16(); }
+inline bool cpu_runs_avx512vnni() { return cpu_runs_avx512() && cpuid_bit(7, 0, 2, 11); }
+inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && cpu_has_avx512bf16(); }
 
 #else
 

@@ -5,7 +5,7 @@
 // never stored in full: N K / 2 bytes of codes and 4 N K / blocksize of scales are what must come from memory, and for few tokens they bound the
 // time.
 //
-// Two forms: gemm_4bit_dot.h for few tokens, gemm_4bit_panel.h for many and for odd layouts. Rows of the weight (and, where these are few, tokens)
+// Two forms: gemm_4bit_dot.h for few tokens, panel.h for many and for odd layouts. Rows of the weight (and, where these are few, tokens)
 // are split over threads, K never is, and neither is the order of the sums: the result does not depend on the number of threads.
 #include "gemm_4bit_dot.h"
 #include "gemm_4bit_rows.h"

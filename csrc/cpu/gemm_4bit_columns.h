@@ -4,15 +4,16 @@
 // run of every row, a cache line or less, which only the next panel will find in the cache. Hence the prefetching.
 #pragma once
 
-#include "gemm_4bit_panel.h"
+#include "gemm_4bit_common.h"
+#include "panel.h"
 
 namespace bnb {
 namespace BNB_ISA {
 
-constexpr int64_t kPrefetchRows = 32;
-
 template <typename Arithmetic> class WeightColumns {
   public:
+    using Args = GemmArgs4bit;
+
     static int64_t lanes(const GemmArgs4bit& args) { return args.K; }
     static int64_t depth(const GemmArgs4bit& args) { return args.N; }
 

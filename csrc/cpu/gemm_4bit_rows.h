@@ -5,7 +5,8 @@
 // dequantised row by row first and transposed afterwards.
 #pragma once
 
-#include "gemm_4bit_panel.h"
+#include "gemm_4bit_common.h"
+#include "panel.h"
 
 namespace bnb {
 namespace BNB_ISA {
@@ -92,6 +93,8 @@ static void fill_aligned(const GemmArgs4bit& args, const PanelRows& panel, int64
 
 template <typename Arithmetic> class WeightRows {
   public:
+    using Args = GemmArgs4bit;
+
     static int64_t lanes(const GemmArgs4bit& args) { return args.N; }
     static int64_t depth(const GemmArgs4bit& args) { return args.K; }
 

@@ -63,6 +63,65 @@ struct GemmArgs4bit {
     int threads; // the most this call may use
 };
 
+// LLM.int8(): quantisation of a matrix along its rows or its columns.
+struct Int8QuantizeArgs {
+    const void* A; // [rows, columns] of dtype
+    int64_t rows, columns;
+    DType dtype;
+    float limit;         // larger magnitudes are outliers; infinity: there are none
+    uint8_t* is_outlier; // truth values of the columns that hold one; null when there are none
+    float* stats;        // one for each row (or column): the largest magnitude that is no outlier
+    int8_t* codes;       // [rows, columns]
+};
+
+struct Int8DequantizeArgs {
+    const int8_t* codes; // [rows, columns]
+    const float* stats;  // one for each row
+    float* out;
+    int64_t rows, columns;
+};
+
+// out[M, N] = product * row_stats * col_stats / 127^2 + bias
+struct Int8ScaleArgs {
+    const int32_t* product; // [M, N]
+    const float* row_stats;
+    const float* col_stats;
+    const float* bias; // N, or null
+    void* out;         // [M, N] of dtype
+    int64_t M, N;
+    DType dtype;
+};
+
+// A . CB^T of int8 matrices, dequantised, plus A's outlier columns times the dequantised columns of CB, plus the bias.
+struct Int8ProductArgs {
+    const void* A;           // [M, K] of dtype; may be null where there are codes and no outlier columns
+    const int8_t* codes;     // of A, or null: A is quantised
+    const float* row_stats;  // beside the codes
+    float limit;             // of quantisation, and its mask of outlier columns, as above
+    uint8_t* is_outlier;
+    const int64_t* outlier_columns; // beside the codes: any number of columns, in any order
+    int64_t outliers;
+    const int8_t* CB;        // [N, K]
+    const float* SCB;        // N, or null: out is the int32 product itself
+    const float* bias;       // N, or null
+    void* out;               // [M, N] of dtype, or of int32
+    int64_t M, N, K;
+    DType dtype;
+    int threads;
+};
+
+// out[M, K] = A[M, N] . dequantised(CB)[N, K]
+struct Int8BackwardArgs {
+    const void* A; // of dtype
+    const int8_t* CB;
+    const float* SCB;
+    const void* bias; // null
+    void* out;        // of dtype
+    int64_t M, N, K;
+    DType dtype;
+    int threads;
+};
+
 struct KernelTable {
     const char* name;
     void (*quantize_4bit)(const QuantizeArgs4bit& args, int64_t first, int64_t last);
@@ -71,6 +130,13 @@ struct KernelTable {
     void (*dequantize_blockwise)(const DequantizeArgsBlockwise& args, int64_t first, int64_t last);
     int32_t (*gemm_4bit)(const GemmArgs4bit& args); // splits its work over threads itself; returns a Status
     int32_t (*gemm_4bit_backward)(const GemmArgs4bit& args); // so does this one; A is [M, N], out is [M, K]
+    void (*int8_find_outliers)(const Int8QuantizeArgs& args, int64_t first_column, int64_t last_column); // writes is_outlier
+    void (*int8_quantize_rows)(const Int8QuantizeArgs& args, int64_t first, int64_t last);               // reads is_outlier
+    void (*int8_quantize_columns)(const Int8QuantizeArgs& args, int64_t first, int64_t last);
+    void (*int8_dequantize_rows)(const Int8DequantizeArgs& args, int64_t first, int64_t last);
+    void (*int8_scale_rows)(const Int8ScaleArgs& args, int64_t first, int64_t last);
+    int32_t (*int8_product)(const Int8ProductArgs& args); // these two split their work over threads themselves
+    int32_t (*int8_backward)(const Int8BackwardArgs& args);
 };
 
 // Every kernel source is compiled with -DBNB_ISA=<name of the set> and lives in the namespace of that name.
@@ -83,6 +149,13 @@ void quantize_blockwise(const QuantizeArgsBlockwise& args, int64_t first, int64_
 void dequantize_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last);
 int32_t gemm_4bit(const GemmArgs4bit& args);
 int32_t gemm_4bit_backward(const GemmArgs4bit& args);
+void int8_find_outliers(const Int8QuantizeArgs& args, int64_t first_column, int64_t last_column);
+void int8_quantize_rows(const Int8QuantizeArgs& args, int64_t first, int64_t last);
+void int8_quantize_columns(const Int8QuantizeArgs& args, int64_t first, int64_t last);
+void int8_dequantize_rows(const Int8DequantizeArgs& args, int64_t first, int64_t last);
+void int8_scale_rows(const Int8ScaleArgs& args, int64_t first, int64_t last);
+int32_t int8_product(const Int8ProductArgs& args);
+int32_t int8_backward(const Int8BackwardArgs& args);
 
 extern const KernelTable kernel_table;
 

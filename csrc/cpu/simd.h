@@ -12,23 +12,28 @@
 //   magnitude_bits(v)               bits with the sign cleared
 //   add_bits and_bits or_bits xor_bits, shift_left<n>, shift_right<n> (zeros in), shift_right_signed<n>
 //   max_bits(a, b), reduce_max_bits unsigned
+//   to_floats(i)                    signed integers, rounded to nearest even
 //   less(a, b)                      Mask of a < b
+//   drop(i, m)                      0 where m, i elsewhere
 //   twice_plus(i, m)                2 * i + (m ? 1 : 0): one step down a binary search tree
 //   Table8, lookup8(t, i)           t[i] for i in [0, 8), the table kept in registers
 //   Table16, lookup16(t, i)         t[i] for i in [0, 16)
 //   Table256, lookup256(t, p)       t[p[lane]] for W bytes at p
 //   gather(p, i)                    p[i] for each lane, p of float or uint32_t
-//   load_bytes(p), store_bytes(p,i) W bytes, widened to or cut from 32 bits
+//   load_bytes(p), store_bytes(p,i) W bytes, widened to or cut from 32 bits; load_signed_bytes(p) of int8
 //   load_nibbles(p)                 W codes from W / 2 bytes, high nibble first. Bits above the fourth are undefined: only lookup16 may use them
 //   store_nibbles(p, a, b)          W bytes from 2 * W codes below 16
 //   load_16bit(p), load_32bit(p)    W little-endian integers of that width, widened to 32 bits; p needs no alignment
 //   shift_right_by(i, n)            shift_right by a count known at run time only
 //   low_nibbles(i)                  i fit for lookup16, whatever stands above the fourth bit
 //   scaled(t, f)                    a Table16 with every entry multiplied by f
-//   reduce_add_4(v, out)            out[i] is the sum of the lanes of v[i], for four vectors
+//   reduce_add_4(v, out)            out[i] is the sum of the lanes of v[i], for four vectors of floats or integers
 //   load_columns(p, stride, rows, columns, out)
 //                                   a transposition: lane i of out[j] is the 32-bit word j at p + i * stride, for W columns. Lanes from `rows` on
 //                                   repeat the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
+//   Dot weights and activations     kDotLanes 8-bit integers to be multiplied in pairs: load_dot_weights(p), load_first_dot_weights(p, n) with 0 for
+//                                   the rest, 0 < n < kDotLanes; load_dot_activations(p) of kDotLanes DotActivations, a type that holds int8
+//   dot(w, x, sum)                  adds the kDotLanes products to the lanes of sum, modulo 2^32. Weights count kDotOffset more than they are
 #pragma once
 
 #include "../common/types.h"

@@ -107,7 +107,10 @@ BNB_INLINE uint32_t reduce_max_bits(I32 a) {
     return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(largest, _mm_srli_epi64(largest, 32))));
 }
 
+BNB_INLINE F32 to_floats(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 BNB_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+
+BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm256_andnot_si256(_mm256_castps_si256(m.v), a.v)}; }
 
 // A true lane is -1.
 BNB_INLINE I32 twice_plus(I32 a, Mask m) { return {_mm256_sub_epi32(_mm256_add_epi32(a.v, a.v), _mm256_castps_si256(m.v))}; }
@@ -136,6 +139,7 @@ BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm256_i32gather_e
 
 BNB_INLINE I32 load_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
 
+BNB_INLINE I32 load_signed_bytes(const int8_t* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
 BNB_INLINE void store_bytes(uint8_t* p, I32 a) {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
@@ -174,6 +178,11 @@ BNB_INLINE void reduce_add_4(const F32* v, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 }
 
+BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) {
+    const __m256i two = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0].v, v[1].v), _mm256_hadd_epi32(v[2].v, v[3].v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
+}
+
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     const __m256i wanted = first_lanes(columns);
     __m256i a[8], b[8];
@@ -194,6 +203,27 @@ BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int col
         out[4 + j].v = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
     }
 }
+
+// Products of 16 bits: those of bytes would saturate.
+struct DotVector {
+    __m256i v;
+};
+
+using DotActivation = int16_t;
+constexpr int kDotLanes = 16;
+constexpr uint32_t kDotOffset = 0;
+
+BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+
+BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
+    int8_t copy[kDotLanes] = {};
+    for (int i = 0; i < n; ++i)
+        copy[i] = p[i];
+    return load_dot_weights(copy);
+}
+
+BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(w.v, x.v))}; }
 
 } // namespace BNB_ISA
 } // namespace bnb

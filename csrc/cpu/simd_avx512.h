@@ -86,7 +86,10 @@ BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7ff
 BNB_INLINE I32 max_bits(I32 a, I32 b) { return {_mm512_max_epu32(a.v, b.v)}; }
 BNB_INLINE uint32_t reduce_max_bits(I32 a) { return _mm512_reduce_max_epu32(a.v); }
 
+BNB_INLINE F32 to_floats(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 BNB_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+
+BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm512_maskz_mov_epi32(__mmask16(~m.v), a.v)}; }
 
 BNB_INLINE I32 twice_plus(I32 a, Mask m) {
     const __m512i twice = _mm512_add_epi32(a.v, a.v);
@@ -124,6 +127,7 @@ BNB_INLINE F32 gather(const float* p, I32 index) { return {_mm512_i32gather_ps(i
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm512_i32gather_epi32(index.v, p, 4)}; }
 
 BNB_INLINE I32 load_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+BNB_INLINE I32 load_signed_bytes(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 BNB_INLINE void store_bytes(uint8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 
 // Each byte is spread over a pair of lanes; the even lane shifts its high nibble down.
@@ -156,6 +160,14 @@ BNB_INLINE void reduce_add_4(const F32* v, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 }
 
+BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) {
+    const auto halve = [](__m512i a, __m512i b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+    const __m512i a = halve(v[0].v, v[1].v), b = halve(v[2].v, v[3].v);
+    const __m512i parts = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(parts), _mm512_extracti32x8_epi32(parts, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
+}
+
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     const __mmask16 wanted = first_lanes(columns);
     __m512i a[16], b[16];
@@ -180,6 +192,35 @@ BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int col
         out[12 + j].v = _mm512_shuffle_i32x4(upper13, lower13, 0xdd);
     }
 }
+
+struct DotVector {
+    __m512i v;
+};
+
+#if defined(__AVX512VNNI__)
+// The instruction multiplies unsigned by signed bytes: weights become unsigned by 128 added.
+using DotActivation = int8_t;
+constexpr int kDotLanes = 64;
+constexpr uint32_t kDotOffset = 128;
+
+BNB_INLINE DotVector above_zero(__m512i weights) { return {_mm512_xor_si512(weights, _mm512_set1_epi8(-128))}; }
+BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return above_zero(_mm512_loadu_si512(p)); }
+BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { return above_zero(_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p)); }
+BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
+BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
+#else
+// Products of 16 bits: those of bytes would saturate.
+using DotActivation = int16_t;
+constexpr int kDotLanes = 32;
+constexpr uint32_t kDotOffset = 0;
+
+BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
+    return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1, p))};
+}
+BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
+BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, x.v))}; }
+#endif
 
 } // namespace BNB_ISA
 } // namespace bnb

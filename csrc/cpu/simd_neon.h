@@ -87,7 +87,10 @@ BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7ff
 BNB_INLINE I32 max_bits(I32 a, I32 b) { return {vmaxq_u32(a.v, b.v)}; }
 BNB_INLINE uint32_t reduce_max_bits(I32 a) { return vmaxvq_u32(a.v); }
 
+BNB_INLINE F32 to_floats(I32 a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))}; }
 BNB_INLINE Mask less(F32 a, F32 b) { return {vcltq_f32(a.v, b.v)}; }
+
+BNB_INLINE I32 drop(I32 a, Mask m) { return {vbicq_u32(a.v, m.v)}; }
 
 // A true lane is -1.
 BNB_INLINE I32 twice_plus(I32 a, Mask m) { return {vsubq_u32(vaddq_u32(a.v, a.v), m.v)}; }
@@ -134,6 +137,10 @@ BNB_INLINE I32 load_bytes(const uint8_t* p) {
     return {vld1q_u32(lanes)};
 }
 
+BNB_INLINE I32 load_signed_bytes(const int8_t* p) {
+    const int32_t lanes[W] = {p[0], p[1], p[2], p[3]};
+    return {vreinterpretq_u32_s32(vld1q_s32(lanes))};
+}
 BNB_INLINE void store_bytes(uint8_t* p, I32 a) {
     const uint16x4_t words = vmovn_u32(a.v);
     const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
@@ -170,6 +177,10 @@ BNB_INLINE void reduce_add_4(const F32* v, float* out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v)));
 }
 
+BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) {
+    vst1q_u32(out, vpaddq_u32(vpaddq_u32(v[0].v, v[1].v), vpaddq_u32(v[2].v, v[3].v)));
+}
+
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     uint32x4_t a[4];
     for (int i = 0; i < 4; ++i) {
@@ -183,6 +194,35 @@ BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int col
     out[1].v = vcombine_u32(vget_low_u32(odd01), vget_low_u32(odd23));
     out[2].v = vcombine_u32(vget_high_u32(even01), vget_high_u32(even23));
     out[3].v = vcombine_u32(vget_high_u32(odd01), vget_high_u32(odd23));
+}
+
+struct DotVector {
+    int8x16_t v;
+};
+
+using DotActivation = int8_t;
+constexpr int kDotLanes = 16;
+constexpr uint32_t kDotOffset = 0;
+
+BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return {vld1q_s8(p)}; }
+
+BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
+    int8_t copy[kDotLanes] = {};
+    for (int i = 0; i < n; ++i)
+        copy[i] = p[i];
+    return load_dot_weights(copy);
+}
+
+BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {vld1q_s8(p)}; }
+
+BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) {
+    const int32x4_t s = vreinterpretq_s32_u32(sum.v);
+#if defined(__ARM_FEATURE_DOTPROD)
+    return {vreinterpretq_u32_s32(vdotq_s32(s, w.v, x.v))};
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(w.v), vget_low_s8(x.v)), high = vmull_high_s8(w.v, x.v);
+    return {vreinterpretq_u32_s32(vpadalq_s16(vpadalq_s16(s, low), high))};
+#endif
 }
 
 } // namespace BNB_ISA

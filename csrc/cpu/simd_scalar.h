@@ -76,7 +76,9 @@ BNB_INLINE uint32_t reduce_max_bits(I32 a) {
     return largest;
 }
 
+BNB_INLINE F32 to_floats(I32 a) { BNB_EACH(F32, float(int32_t(a.v[i]))); }
 BNB_INLINE Mask less(F32 a, F32 b) { BNB_EACH(Mask, a.v[i] < b.v[i]); }
+BNB_INLINE I32 drop(I32 a, Mask m) { BNB_EACH(I32, m.v[i] ? 0 : a.v[i]); }
 BNB_INLINE I32 twice_plus(I32 a, Mask m) { BNB_EACH(I32, 2 * a.v[i] + m.v[i]); }
 
 BNB_INLINE Table8 load_table8(const float* p) {
@@ -101,6 +103,7 @@ BNB_INLINE F32 gather(const float* p, I32 index) { BNB_EACH(F32, p[int32_t(index
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { BNB_EACH(I32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 load_bytes(const uint8_t* p) { BNB_EACH(I32, p[i]); }
 
+BNB_INLINE I32 load_signed_bytes(const int8_t* p) { BNB_EACH(I32, uint32_t(int32_t(p[i]))); }
 BNB_INLINE void store_bytes(uint8_t* p, I32 a) {
     for (int i = 0; i < W; ++i)
         p[i] = uint8_t(a.v[i]);
@@ -138,6 +141,11 @@ BNB_INLINE void reduce_add_4(const F32* v, float* out) {
         out[i] = reduce_add(v[i]);
 }
 
+BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) {
+    for (int i = 0; i < 4; ++i)
+        out[i] = (v[i].v[0] + v[i].v[2]) + (v[i].v[1] + v[i].v[3]);
+}
+
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     for (int i = 0; i < W; ++i) {
         uint32_t row[W] = {};
@@ -146,6 +154,19 @@ BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int col
             out[j].v[i] = row[j];
     }
 }
+
+struct DotVector {
+    int32_t v[W];
+};
+
+using DotActivation = int8_t;
+constexpr int kDotLanes = W;
+constexpr uint32_t kDotOffset = 0;
+
+BNB_INLINE DotVector load_dot_weights(const int8_t* p) { BNB_EACH(DotVector, p[i]); }
+BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { BNB_EACH(DotVector, i < n ? p[i] : 0); }
+BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { BNB_EACH(DotVector, p[i]); }
+BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { BNB_EACH(I32, sum.v[i] + uint32_t(w.v[i] * x.v[i])); }
 
 #undef BNB_EACH
 

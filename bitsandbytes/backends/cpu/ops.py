@@ -1,46 +1,29 @@
-"""The operators on the CPU, by the native library. Operators without a native kernel here run on the reference.
+"""The 4-bit and 8-bit blockwise operators on the CPU, by the native library. Operators without a native kernel here run on the reference.
 
 Each function hands plain pointers and sizes to one C function; ``_ops`` has checked that they fit together. Tensors are made contiguous first
 (most are). The number of threads is torch's, also on autograd's threads, where the OpenMP default would be another.
 """
 
-import ctypes as ct
-
 import torch
 
 from ... import codebooks
-from ..._ops import blocks, implement, packed_length
-from ...cextension import check_status, lib
+from ..._ops import blocks, packed_length
+from ...cextension import check_status
 from ...packing import from_cpu_layout, is_cpu_layout
 from ..default import ops as reference
 from . import memory
+from .native import DTYPES, I, L, P, bind, kernels, written
 
-_P, _I, _L = ct.c_void_p, ct.c_int32, ct.c_int64
-
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _QUANT_TYPES = {"fp4": 1, "nf4": 2}
 
+_kernel = kernels("bnb_cpu_gemm_4bit_backward")
 
-def _bind(name: str, *argtypes):
-    function = getattr(lib, name)
-    function.argtypes, function.restype = argtypes, ct.c_int32
-    return function
-
-
-# Without a native library that has the kernels the functions below still exist, unregistered, and the reference serves the CPU.
-_available = isinstance(getattr(lib, "_lib", None), ct.CDLL) and hasattr(lib._lib, "bnb_cpu_gemm_4bit_backward")
-
-
-def _kernel(name: str):
-    return implement(name, "cpu") if _available else lambda function: function
-
-
-_quantize_4bit = _bind("bnb_cpu_quantize_4bit", _P, _I, _L, _L, _I, _P, _P, _I)
-_dequantize_4bit = _bind("bnb_cpu_dequantize_4bit", _P, _P, _L, _L, _I, _I, _P, _I)
-_quantize_blockwise = _bind("bnb_cpu_quantize_blockwise", _P, _P, _I, _L, _L, _P, _P, _I)
-_dequantize_blockwise = _bind("bnb_cpu_dequantize_blockwise", _P, _P, _P, _L, _L, _I, _P, _I)
-_gemm_4bit = _bind("bnb_cpu_gemm_4bit", *[_P] * 8, *[_L] * 4, _I, _I, _I)
-_gemm_4bit_backward = _bind("bnb_cpu_gemm_4bit_backward", *[_P] * 7, *[_L] * 4, _I, _I, _I)
+_quantize_4bit = bind("bnb_cpu_quantize_4bit", P, I, L, L, I, P, P, I)
+_dequantize_4bit = bind("bnb_cpu_dequantize_4bit", P, P, L, L, I, I, P, I)
+_quantize_blockwise = bind("bnb_cpu_quantize_blockwise", P, P, I, L, L, P, P, I)
+_dequantize_blockwise = bind("bnb_cpu_dequantize_blockwise", P, P, P, L, L, I, P, I)
+_gemm_4bit = bind("bnb_cpu_gemm_4bit", *[P] * 8, *[L] * 4, I, I, I)
+_gemm_4bit_backward = bind("bnb_cpu_gemm_4bit_backward", *[P] * 7, *[L] * 4, I, I, I)
 
 
 @_kernel("quantize_4bit")
@@ -51,7 +34,7 @@ def quantize_4bit(A, blocksize, quant_type, quant_storage):
     packed = A.new_empty((packed_length(n, quant_storage), 1), dtype=quant_storage)
     _fill_up(packed, n, quant_type)
     status = _quantize_4bit(
-        A.data_ptr(), _DTYPES[A.dtype], n, blocksize, _QUANT_TYPES[quant_type], absmax.data_ptr(), packed.data_ptr(), torch.get_num_threads()
+        A.data_ptr(), DTYPES[A.dtype], n, blocksize, _QUANT_TYPES[quant_type], absmax.data_ptr(), packed.data_ptr(), torch.get_num_threads()
     )
     check_status(status, "quantize_4bit")
     return packed, absmax
@@ -60,7 +43,7 @@ def quantize_4bit(A, blocksize, quant_type, quant_storage):
 def _dequantize_4bit_into(out, A, absmax, blocksize, quant_type):
     A, absmax = A.contiguous(), absmax.contiguous()
     status = _dequantize_4bit(
-        A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, _QUANT_TYPES[quant_type], _DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+        A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, _QUANT_TYPES[quant_type], DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
     )
     check_status(status, "dequantize_4bit")
     return out
@@ -73,7 +56,7 @@ def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
 
 @_kernel("dequantize_4bit.out")
 def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
-    _written(out, lambda buffer: _dequantize_4bit_into(buffer, A, absmax, blocksize, quant_type))
+    written(out, lambda buffer: _dequantize_4bit_into(buffer, A, absmax, blocksize, quant_type))
 
 
 @_kernel("quantize_blockwise")
@@ -83,7 +66,7 @@ def quantize_blockwise(A, code, blocksize):
     absmax = A.new_empty(blocks(n, blocksize), dtype=torch.float32)
     codes = A.new_empty(A.shape, dtype=torch.uint8)
     status = _quantize_blockwise(
-        code.data_ptr(), A.data_ptr(), _DTYPES[A.dtype], n, blocksize, absmax.data_ptr(), codes.data_ptr(), torch.get_num_threads()
+        code.data_ptr(), A.data_ptr(), DTYPES[A.dtype], n, blocksize, absmax.data_ptr(), codes.data_ptr(), torch.get_num_threads()
     )
     check_status(status, "quantize_blockwise")
     return codes, absmax
@@ -92,7 +75,7 @@ def quantize_blockwise(A, code, blocksize):
 def _dequantize_blockwise_into(out, A, absmax, code, blocksize):
     A, absmax, code = A.contiguous(), absmax.contiguous(), code.contiguous()
     status = _dequantize_blockwise(
-        code.data_ptr(), A.data_ptr(), absmax.data_ptr(), A.numel(), blocksize, _DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+        code.data_ptr(), A.data_ptr(), absmax.data_ptr(), A.numel(), blocksize, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
     )
     check_status(status, "dequantize_blockwise")
     return out
@@ -105,7 +88,7 @@ def dequantize_blockwise(A, absmax, code, blocksize, dtype):
 
 @_kernel("dequantize_blockwise.out")
 def dequantize_blockwise_out(A, absmax, code, blocksize, dtype, out):
-    _written(out, lambda buffer: _dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
+    written(out, lambda buffer: _dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
 
 
 def _nested_pointers(absmax_8bit, absmax_code, absmax_offset):
@@ -130,7 +113,7 @@ def gemm_4bit(
     out = A.new_empty((*rows, N))
     status = _gemm_4bit(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, None if bias is None else bias.data_ptr(), out.data_ptr(),
-        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
+        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "gemm_4bit")
     return out
@@ -145,7 +128,7 @@ def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=
     out = A.new_empty((*rows, K))
     status = _gemm_4bit_backward(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, out.data_ptr(),
-        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], _DTYPES[A.dtype], torch.get_num_threads(),
+        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "gemm_4bit_backward")
     return out
@@ -167,12 +150,3 @@ def _fill_up(packed: torch.Tensor, count: int, quant_type: str) -> None:
     if used < packed.numel() * packed.element_size():
         zero = codebooks.ZERO_CODE[quant_type]
         packed.view(-1).view(torch.uint8)[used:] = zero << 4 | zero
-
-
-def _written(out: torch.Tensor, write) -> None:
-    """Lets ``write`` fill ``out``, by way of a contiguous buffer if ``out`` is not contiguous itself."""
-    if out.is_contiguous():
-        write(out)
-    else:
-        out.copy_(write(out.new_empty(out.shape)))
-

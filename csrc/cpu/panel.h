@@ -1,17 +1,17 @@
-// The product for many tokens, and for layouts that the dot form cannot read.
+// The floating point product in panels: for many tokens, and for layouts that other forms cannot read.
 //
-// A panel is a strip of the weight, kPanelLanes wide. A stretch of it along the sum is dequantised once into a small buffer that stays in the
+// A panel is a strip of the quantised weight, kPanelLanes wide. A stretch of it along the sum is dequantised once into a small buffer that stays in the
 // second-level cache, with the strip's width along the lanes: cells[step][lane]. A tile then multiplies it with up to kPanelTokens tokens: at each
 // step it loads the panel's vectors and broadcasts one activation of each token, straight from the caller's memory. With kPanelTokens * kPanelVectors
 // accumulators there is far more arithmetic than loading, so the multipliers run near their peak; the order of the lanes is also the order of the
 // result, and any number of tokens divides evenly into tiles.
 //
-// The product with the transposed weight has rows along the lanes (gemm_4bit_rows.h), its gradient columns (gemm_4bit_columns.h).
+// A product with the transposed weight has rows along the lanes (gemm_4bit_rows.h), its gradient columns (gemm_4bit_columns.h, int8_backward.cpp).
 //
 // Bytes: codes and scales once for every kMostPanelTokens tokens; the activations once for each panel, from whichever cache holds them.
 #pragma once
 
-#include "gemm_4bit_common.h"
+#include "product.h"
 
 namespace bnb {
 namespace BNB_ISA {
@@ -27,6 +27,7 @@ constexpr int kPanelTokens = 6;
 constexpr int kPanelLanes = kPanelVectors * W;
 constexpr int kMostPanelTokens = 512;
 constexpr int64_t kPanelBytes = 256 << 10;
+constexpr int64_t kPrefetchRows = 32; // how far ahead a panel of columns asks for its rows
 
 template <typename Arithmetic> constexpr int64_t panel_stretch() {
     return kPanelBytes / (kPanelLanes * int64_t(sizeof(typename Arithmetic::Cell))) * Arithmetic::kDepth;
@@ -99,6 +100,7 @@ template <typename Arithmetic> struct PanelActivations {
 
 // One thread's panels. `Weights` says which side of the matrix lies along the lanes and dequantises stretches of it:
 //
+//   Args                          of the kernel: A, bias, out, M, threads are used here
 //   lanes(args), depth(args)      sizes of the product along the lanes and along the sum
 //   Weights(args, stretch)        for stretches of at most so many steps of the sum
 //   scratch_bytes(), take(s)      working memory; take returns false when there is none
@@ -106,7 +108,9 @@ template <typename Arithmetic> struct PanelActivations {
 //   fill(begin, end, cells)       steps [begin, end) of the sum as cells[step][lane]; an odd last step is followed by one that multiplies with zero
 template <typename Arithmetic, typename T, typename Weights> class PanelWorker {
   public:
-    explicit PanelWorker(const GemmArgs4bit& args)
+    using Args = typename Weights::Args;
+
+    explicit PanelWorker(const Args& args)
         : args_(args), depth_(Weights::depth(args)), stretch_(smaller(panel_stretch<Arithmetic>(), ceil_div(depth_, W) * W)),
           weights_(args, stretch_), scratch_(cells_bytes() + sums_bytes() + weights_.scratch_bytes() + 4 * Scratch::kAlignment),
           cells_(static_cast<Cell*>(scratch_.take(cells_bytes()))), sums_(static_cast<float*>(scratch_.take(sums_bytes()))),
@@ -145,7 +149,7 @@ template <typename Arithmetic, typename T, typename Weights> class PanelWorker {
     size_t cells_bytes() const { return size_t(stretch_ / Arithmetic::kDepth + 1) * kPanelLanes * sizeof(Cell); }
     size_t sums_bytes() const { return size_t(smaller(args_.M, kMostPanelTokens)) * kPanelLanes * sizeof(float); }
 
-    const GemmArgs4bit& args_;
+    const Args& args_;
     int64_t depth_, stretch_;
     Weights weights_;
     Scratch scratch_;
@@ -157,7 +161,7 @@ template <typename Arithmetic, typename T, typename Weights> class PanelWorker {
 // All panels against the tokens of `a`. The work is a line of tiles, panel after panel; a thread takes a stretch of it, so that few panels and many
 // tokens divide as well as many panels and few tokens.
 template <typename Arithmetic, typename T, typename Weights>
-static int32_t multiply_panels(const GemmArgs4bit& args, const PanelActivations<Arithmetic>& a) {
+static int32_t multiply_panels(const typename Weights::Args& args, const PanelActivations<Arithmetic>& a) {
     constexpr int64_t kMostTiles = kMostPanelTokens / kPanelTokens;
     constexpr int64_t kTilesWorthAPanel = 8; // dequantising a panel costs some tiles' work: a smaller share of one is not worth a thread
     const TokenTiles tiles = TokenTiles::of(a.tokens, kPanelTokens);
@@ -180,7 +184,7 @@ static int32_t multiply_panels(const GemmArgs4bit& args, const PanelActivations<
 }
 
 // Activations that a panel cannot read where they are (another type; pairs cut by an odd depth) are converted a few hundred tokens at a time.
-template <typename Arithmetic, typename T, typename Weights> static int32_t multiply_converted(const GemmArgs4bit& args) {
+template <typename Arithmetic, typename T, typename Weights> static int32_t multiply_converted(const typename Weights::Args& args) {
     using Activation = typename Arithmetic::Activation;
     constexpr int64_t kMostConverted = 4 << 20; // bytes
     const int64_t depth = Weights::depth(args);
@@ -211,7 +215,7 @@ template <typename Arithmetic, typename T, typename Weights> static int32_t mult
 }
 
 // The whole product in panel form.
-template <typename Arithmetic, typename T, typename Weights> static int32_t multiply_in_panels(const GemmArgs4bit& args) {
+template <typename Arithmetic, typename T, typename Weights> static int32_t multiply_in_panels(const typename Weights::Args& args) {
     const int64_t depth = Weights::depth(args);
     if constexpr (std::is_same<T, typename Arithmetic::Activation>::value)
         if (depth % Arithmetic::kDepth == 0)
