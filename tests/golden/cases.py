@@ -221,6 +221,54 @@ def layers() -> dict[str, Layer]:
 
 PICKLED_LAYER = "nf4_nested_uint8"
 
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """One input of int8_vectorwise_quant: values that float16 holds, in which the published library computes."""
+
+    dtype: torch.dtype
+    threshold: float
+    rows: int = 6
+    columns: int = 40
+    seed: int = 8
+
+    def input(self) -> torch.Tensor:
+        x = bell(self.rows * self.columns, self.seed).reshape(self.rows, self.columns)
+        x[:, 5] *= 6
+        x[2] = 0
+        return x.half().to(self.dtype)
+
+
+def int8_rows() -> dict[str, Int8Rows]:
+    dtypes = (torch.float16, torch.float32)
+    return {f"{short_name(dtype)}.{threshold}": Int8Rows(dtype, threshold) for dtype in dtypes for threshold in (0.0, 2.5)}
+
+
+@dataclass(frozen=True)
+class Int8Layer:
+    """A Linear8bitLt, quantised from a weight that float16 holds."""
+
+    threshold: float
+    in_features: int = 40
+    out_features: int = 24
+    seed: int = 9
+
+    def x(self) -> torch.Tensor:
+        return Int8Rows(torch.float16, self.threshold, 5, self.in_features, self.seed + 1).input()
+
+    def empty(self, bnb):
+        return bnb.nn.Linear8bitLt(self.in_features, self.out_features, has_fp16_weights=False, threshold=self.threshold).half()
+
+    def quantised(self, bnb):
+        layer = self.empty(bnb)
+        layer.weight.data = (bell(self.in_features * self.out_features, self.seed) / 8).reshape(self.out_features, self.in_features).half()
+        layer.bias.data = bell(self.out_features, self.seed + 2).half()
+        return layer.to("cpu").eval()
+
+
+def int8_layers() -> dict[str, Int8Layer]:
+    return {"plain": Int8Layer(0.0), "threshold": Int8Layer(2.5)}
+
 LLAMA_CONFIG = dict(
     vocab_size=96,
     hidden_size=64,

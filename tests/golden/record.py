@@ -12,6 +12,8 @@ What is stored:
     states.json               the JSON text, the keys and their order, of packed quantisation states
     departures_*.safetensors  results on small inputs on which this library decides otherwise on purpose, of the native and the PyTorch kernels
     layer_*.safetensors       checkpoints of layers; `layer.pt` is one by torch.save; `layer_results.safetensors` holds what they computed
+    int8.safetensors          row codes, scales and outlier columns of LLM.int8(), and what 8-bit layers computed
+    int8_*.pt                 8-bit layers: a state dict before a forward, one after it, and a pickled module
     llama/                    a small Llama saved by transformers after quantising it in 4 bit, and its logits
 """
 
@@ -143,6 +145,23 @@ def record_layers(bnb, out: Path) -> None:
     torch.save(cases.layers()[cases.PICKLED_LAYER].quantised(bnb).state_dict(), out / "layer.pt")
 
 
+def record_int8(bnb, out: Path) -> None:
+    tensors = {}
+    for name, case in cases.int8_rows().items():
+        codes, scales, columns = bnb.functional.int8_vectorwise_quant(case.input(), threshold=case.threshold)
+        tensors |= {f"{name}.codes": codes, f"{name}.scales": scales}
+        if columns is not None:
+            tensors[f"{name}.columns"] = columns
+    for name, case in cases.int8_layers().items():
+        layer = case.quantised(bnb)
+        torch.save(layer.state_dict(), out / f"int8_{name}_new.pt")
+        with torch.no_grad():
+            tensors[f"{name}.result"] = layer(case.x())
+        torch.save(layer.state_dict(), out / f"int8_{name}_used.pt")
+        torch.save(layer, out / f"int8_{name}_module.pt")
+    save_file(contiguous(tensors), out / "int8.safetensors")
+
+
 def record_llama(out: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -186,6 +205,7 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "--out", str(args.out), "--hide-native"], check=True)
         record_departures(F, args.out / "departures_native.safetensors")
         record_layers(bnb, args.out)
+        record_int8(bnb, args.out)
         record_llama(args.out)
 
 
