@@ -43,8 +43,9 @@ def quantised(nested=False, seed=1, **options):
 def test_reading_the_parameter_dequantises_it(shape, nested, dtype):
     module = nn.Module()
     module.param = nn.Parameter(bell(torch.Size(shape).numel()).reshape(shape).to(dtype))
-    expected = functional.dequantize_4bit(*functional.quantize_4bit(module.param.detach(), compress_statistics=nested, quant_type="fp4", blocksize=32))
-    replace_parameter_4bit(module, "param", compress_statistics=nested, quant_type="fp4", blocksize=32)
+    recipe = {"compress_statistics": nested, "quant_type": "fp4", "blocksize": 32}
+    expected = functional.dequantize_4bit(*functional.quantize_4bit(module.param.detach(), **recipe))
+    replace_parameter_4bit(module, "param", **recipe)
     assert_same_bits(module.param.clone(), expected.view(shape))
     assert not module.param.requires_grad
 

@@ -26,8 +26,9 @@ def _scales_between(state: QuantState, first: int, last: int) -> Tensor:
         return state.absmax[first:last]
     inner, step = state.state2, state.state2.blocksize
     start = first // step * step
-    between = inner.absmax[start // step : -(-last // step)]
-    return torch.ops.bitsandbytes.dequantize_blockwise(state.absmax[start:last], between, inner.code, step, torch.float32)[first - start :] + state.offset
+    outer = inner.absmax[start // step : -(-last // step)]
+    scales = torch.ops.bitsandbytes.dequantize_blockwise(state.absmax[start:last], outer, inner.code, step, torch.float32)
+    return scales[first - start :] + state.offset
 
 
 def _scales_of(state: QuantState, blocks: Tensor) -> Tensor:
@@ -65,12 +66,12 @@ def dequantize_rows(packed: Tensor, state: QuantState, rows: Tensor) -> Tensor:
     """
     count, width = state.shape
     flat = rows.reshape(-1)
-    unit = state.blocksize if width % state.blocksize == 0 else _common_unit(width, state.blocksize)
+    unit = state.blocksize if width % state.blocksize == 0 else common_unit(width, state.blocksize)
     read = _by_unit if unit in BLOCKSIZES_4BIT else _by_element
     return read(packed_bytes(packed, state), state, flat, count, width, unit).view(*rows.shape, width)
 
 
-def _common_unit(width: int, blocksize: int) -> int:
+def common_unit(width: int, blocksize: int) -> int:
     """The largest power of two that divides both: every row begins, and every block ends, at a multiple of it."""
     return min(width & -width, blocksize)
 
