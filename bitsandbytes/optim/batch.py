@@ -1,0 +1,118 @@
+"""Parameters that are stepped alike share one call of the operator."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import functional as F
+from .algorithms import Moment, moments_of, scalars
+from .sharding import is_dtensor, limited_learning_rate, local_gradient
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass
+class _Call:
+    """The arguments of one call of ``optimizer_step``; see its reference for what they are and in which order."""
+
+    config: dict[str, Any]
+    kept: tuple[Moment, ...]
+    settings: dict[str, Any]
+    norms: bool
+    p: list = field(default_factory=list)
+    g: list = field(default_factory=list)
+    moments: list = field(default_factory=list)
+    absmax: list = field(default_factory=list)
+    qmaps: list = field(default_factory=list)
+    unorm: list = field(default_factory=list)
+    seeds: list = field(default_factory=list)
+
+    def add(self, p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], ordinal: int) -> None:
+        self.p.append(p)
+        self.g.append(g)
+        in_8bit = state["state1"].dtype == torch.uint8
+        for moment in self.kept:
+            key, absmax, _ = moment.keys
+            if moment.rows == 1:
+                self.moments.append(state[key])
+            else:
+                self.moments.extend(state[key])
+            if in_8bit:
+                self.absmax.extend(state[absmax] if moment.rows > 1 else (state[absmax],))
+        if in_8bit and not self.qmaps:
+            self.qmaps = [state[moment.keys[2]] for moment in self.kept for _ in range(moment.rows)]
+        if self.norms:
+            self.unorm.append(state["unorm_vec"])
+        if self.config["stochastic_rounding"]:
+            self.seeds.append((self.config["seed"] + ordinal * 0x9E3779B1) & 0xFFFFFFFF)  # parameters must not round alike
+
+    def run(self) -> None:
+        F.optimizer_step(self.p, self.g, self.moments, self.absmax, self.qmaps, self.unorm, seeds=self.seeds, **self.settings)
+
+    def on_copies(self) -> None:
+        """Runs without any effect but the norms of the updates."""
+        p, moments, absmax = ([tensor.clone() for tensor in tensors] for tensors in (self.p, self.moments, self.absmax))
+        F.optimizer_step(p, self.g, moments, absmax, self.qmaps, self.unorm, **self.settings)
+
+    def decays_with_learning_rate(self) -> bool:
+        """Whether weight decay is decoupled from the gradient."""
+        return self.settings["algorithm"] in ("adam", "lamb", "ademamix", "lion") and self.settings["decoupled_weight_decay"]
+
+
+class Batch:
+    """Collects what one step does, and does it.
+
+    Args:
+        algorithm: name of the algorithm.
+    """
+
+    def __init__(self, algorithm: str):
+        self.algorithm = algorithm
+        self.calls: dict[tuple, _Call] = {}
+        self._kept: dict[int, tuple[Moment, ...]] = {}
+
+    def moments(self, config: dict[str, Any]) -> tuple[Moment, ...]:
+        """The moments that parameters with these settings need."""
+        kept = self._kept.get(id(config))
+        if kept is None:
+            kept = self._kept[id(config)] = moments_of(self.algorithm, config)
+        return kept
+
+    def add(self, p: torch.Tensor, state: dict[str, Any], config: dict[str, Any], ordinal: int) -> None:
+        """Adds a parameter that has a gradient, and counts its step.
+
+        Args:
+            state: its moments and what belongs to them.
+            config: its settings. Parameters share a call only if they share this very dictionary.
+            ordinal: its number among the parameters of the optimizer.
+
+        Raises:
+            RuntimeError: the gradient is sparse.
+        """
+        grad = p.grad
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"the optimizers of bitsandbytes need dense gradients, got one with layout {grad.layout} for a parameter of shape "
+                f"{tuple(p.shape)}. Make the layer's gradient dense (torch.nn.Embedding: sparse=False), or use torch.optim.SparseAdam for it."
+            )
+        step = state["step"] = int(state["step"]) + 1
+        part = p
+        if type(p) not in _PLAIN and is_dtensor(p):
+            part, grad = p.to_local(), local_gradient(p)
+        elif type(grad) not in _PLAIN:
+            grad = local_gradient(p)
+        sharded_norm = part is not p and config["max_unorm"] > 0.0
+        key = (id(config), step, id(state.get("qmap1")), part.dtype, part.device, id(p) if sharded_norm else None)
+        call = self.calls.get(key)
+        if call is None:
+            settings = scalars(self.algorithm, config, step)
+            call = self.calls[key] = _Call(config, self.moments(config), settings, config["max_unorm"] > 0.0)
+        call.add(part, grad, state, ordinal)
+        if sharded_norm:
+            call.settings.update(limited_learning_rate(p, call))
+            call.unorm = []
+
+    def run(self) -> None:
+        for call in self.calls.values():
+            call.run()
