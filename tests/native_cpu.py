@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as ct
 from importlib.util import find_spec
+import mmap
 from pathlib import Path
 import platform
 
@@ -18,7 +19,7 @@ import torch
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 QUANT_TYPES = {"fp4": 1, "nf4": 2}
 IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
-SETS = ("scalar", "neon") if IS_ARM else ("scalar", "avx2", "avx512", "avx512bf16")  # lowest first
+SETS = ("scalar", "neon", "neondot") if IS_ARM else ("scalar", "avx2", "avx512", "avx512vnni", "avx512bf16")  # lowest first
 GUARD = 64
 
 # fmt: off
@@ -57,6 +58,13 @@ def load_library() -> ct.CDLL:
     lib.bnb_cpu_quantize_blockwise.argtypes = [pointer, pointer, code, size, size, pointer, pointer, code]
     lib.bnb_cpu_dequantize_blockwise.argtypes = [pointer, pointer, pointer, size, size, code, pointer, code]
     lib.bnb_cpu_gemm_4bit.argtypes = [pointer] * 8 + [size] * 4 + [code] * 3
+    lib.bnb_cpu_int8_quantize.argtypes = [pointer, code, size, size, ct.c_double, *[pointer] * 5, code]
+    lib.bnb_cpu_int8_dequantize.argtypes = [pointer, pointer, size, size, pointer, code]
+    lib.bnb_cpu_int8_matmul.argtypes = [pointer] * 3 + [size] * 3 + [code]
+    lib.bnb_cpu_int8_mm_dequant.argtypes = [pointer] * 5 + [size] * 2 + [code] * 2
+    lib.bnb_cpu_int8_scaled_mm.argtypes = [pointer] * 6 + [size] + [pointer] * 2 + [size] * 3 + [code] * 2
+    lib.bnb_cpu_int8_linear.argtypes = [pointer] * 4 + [ct.c_double] + [pointer] * 2 + [size] * 3 + [code] * 2
+    lib.bnb_cpu_int8_linear_backward.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
     lib.bnb_status_message.argtypes = [code]
     for name in ("bnb_status_message", "bnb_cpu_isa", "bnb_cpu_openmp_library"):
         getattr(lib, name).restype = ct.c_char_p
@@ -177,6 +185,21 @@ def assert_same_floats(actual, expected) -> None:
     wrong = (actual.view(integer) != expected.view(integer)) & ~(actual.isnan() & expected.isnan())
     where = wrong.nonzero().flatten()
     assert where.numel() == 0, f"{where.numel()} of {actual.numel()} differ, first at {where[0]}: got {actual[where[0]]}, want {expected[where[0]]}"
+
+
+def at_page_edge(array: np.ndarray, at_end: bool) -> np.ndarray:
+    """A copy that begins right behind an unreadable page or ends right before one."""
+    page, size = mmap.PAGESIZE, array.nbytes
+    body = -(-size // page) * page
+    libc = ct.CDLL(None)
+    libc.mmap.restype, libc.mmap.argtypes = ct.c_void_p, [ct.c_void_p, ct.c_size_t, *[ct.c_int] * 3, ct.c_long]
+    libc.mprotect.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_int]
+    start = libc.mmap(None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert libc.mprotect(start, page, 0) == 0 and libc.mprotect(start + page + body, page, 0) == 0
+    begin = start + page + (body - size if at_end else 0)
+    copied = np.frombuffer((ct.c_char * size).from_address(begin), array.dtype).reshape(array.shape)
+    np.copyto(copied, array)
+    return copied
 
 
 # Fixtures: a test file gets them by importing their names.

@@ -5,7 +5,6 @@ type, whatever the order of the sums. That pins every code, every scale and ever
 """
 
 import ctypes as ct
-import mmap
 import os
 from pathlib import Path
 import subprocess
@@ -18,6 +17,7 @@ from native_cpu import (  # noqa: F401  (fixtures among them)
     SETS,
     Guarded,
     assert_same_floats,
+    at_page_edge,
     block_count,
     lib,
     library,
@@ -227,21 +227,6 @@ def test_empty_sizes(lib, dtype):
     assert multiply(lib, torch.empty(2, 0, dtype=dtype), nothing).eq(0).all()
     assert multiply(lib, torch.empty(0, 64, dtype=dtype), Weight(5, 64, 64)).shape == (0, 5)
     assert multiply(lib, torch.ones(3, 64, dtype=dtype), Weight(0, 64, 64)).shape == (3, 0)
-
-
-def at_page_edge(array: np.ndarray, at_end: bool) -> np.ndarray:
-    """A copy that begins right behind an unreadable page or ends right before one."""
-    page, size = mmap.PAGESIZE, array.nbytes
-    body = -(-size // page) * page
-    libc = ct.CDLL(None)
-    libc.mmap.restype, libc.mmap.argtypes = ct.c_void_p, [ct.c_void_p, ct.c_size_t, *[ct.c_int] * 3, ct.c_long]
-    libc.mprotect.argtypes = [ct.c_void_p, ct.c_size_t, ct.c_int]
-    start = libc.mmap(None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    assert libc.mprotect(start, page, 0) == 0 and libc.mprotect(start + page + body, page, 0) == 0
-    begin = start + page + (body - size if at_end else 0)
-    copied = np.frombuffer((ct.c_char * size).from_address(begin), array.dtype).reshape(array.shape)
-    np.copyto(copied, array)
-    return copied
 
 
 def multiply_at_page_edges() -> int:

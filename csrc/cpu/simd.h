@@ -33,7 +33,8 @@
 //                                   repeat the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
 //   Dot weights and activations     kDotLanes 8-bit integers to be multiplied in pairs: load_dot_weights(p), load_first_dot_weights(p, n) with 0 for
 //                                   the rest, 0 < n < kDotLanes; load_dot_activations(p) of kDotLanes DotActivations, a type that holds int8
-//   dot(w, x, sum)                  adds the kDotLanes products to the lanes of sum, modulo 2^32. Weights count kDotOffset more than they are
+//   dot(w, x, sum)                  adds the kDotLanes products to a DotSum, modulo 2^32; it starts as no_dots() and ends as lanes_of(sum). Weights count
+//                                   kDotOffset more than they are
 #pragma once
 
 #include "../common/types.h"

@@ -209,6 +209,20 @@ struct DotVector {
     __m256i v;
 };
 
+// Of 32-bit elements for GCC: see simd_avx512.h.
+#if defined(__GNUC__)
+typedef int Words __attribute__((vector_size(32)));
+#else
+using Words = __m256i;
+#endif
+
+struct DotSum {
+    Words v;
+};
+
+BNB_INLINE DotSum no_dots() { return {Words{}}; }
+BNB_INLINE I32 lanes_of(DotSum sum) { return {(__m256i)sum.v}; }
+
 using DotActivation = int16_t;
 constexpr int kDotLanes = 16;
 constexpr uint32_t kDotOffset = 0;
@@ -223,7 +237,7 @@ BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
 }
 
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(w.v, x.v))}; }
+BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm256_add_epi32((__m256i)sum.v, _mm256_madd_epi16(w.v, x.v))}; }
 
 } // namespace BNB_ISA
 } // namespace bnb

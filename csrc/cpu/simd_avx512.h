@@ -197,6 +197,20 @@ struct DotVector {
     __m512i v;
 };
 
+// Of 32-bit elements for GCC, which otherwise keeps every accumulator of a loop twice, as the instructions' type and as __m512i, and runs out of registers.
+#if defined(__GNUC__)
+typedef int Words __attribute__((vector_size(64)));
+#else
+using Words = __m512i;
+#endif
+
+struct DotSum {
+    Words v;
+};
+
+BNB_INLINE DotSum no_dots() { return {Words{}}; }
+BNB_INLINE I32 lanes_of(DotSum sum) { return {(__m512i)sum.v}; }
+
 #if defined(__AVX512VNNI__)
 // The instruction multiplies unsigned by signed bytes: weights become unsigned by 128 added.
 using DotActivation = int8_t;
@@ -207,7 +221,7 @@ BNB_INLINE DotVector above_zero(__m512i weights) { return {_mm512_xor_si512(weig
 BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return above_zero(_mm512_loadu_si512(p)); }
 BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { return above_zero(_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p)); }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
-BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
+BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm512_dpbusd_epi32((__m512i)sum.v, w.v, x.v)}; }
 #else
 // Products of 16 bits: those of bytes would saturate.
 using DotActivation = int16_t;
@@ -219,7 +233,7 @@ BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
     return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1, p))};
 }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
-BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, x.v))}; }
+BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm512_add_epi32((__m512i)sum.v, _mm512_madd_epi16(w.v, x.v))}; }
 #endif
 
 } // namespace BNB_ISA

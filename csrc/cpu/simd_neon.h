@@ -200,6 +200,13 @@ struct DotVector {
     int8x16_t v;
 };
 
+struct DotSum {
+    int32x4_t v;
+};
+
+BNB_INLINE DotSum no_dots() { return {vdupq_n_s32(0)}; }
+BNB_INLINE I32 lanes_of(DotSum sum) { return {vreinterpretq_u32_s32(sum.v)}; }
+
 using DotActivation = int8_t;
 constexpr int kDotLanes = 16;
 constexpr uint32_t kDotOffset = 0;
@@ -215,13 +222,12 @@ BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
 
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {vld1q_s8(p)}; }
 
-BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) {
-    const int32x4_t s = vreinterpretq_s32_u32(sum.v);
+BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) {
 #if defined(__ARM_FEATURE_DOTPROD)
-    return {vreinterpretq_u32_s32(vdotq_s32(s, w.v, x.v))};
+    return {vdotq_s32(sum.v, w.v, x.v)};
 #else
     const int16x8_t low = vmull_s8(vget_low_s8(w.v), vget_low_s8(x.v)), high = vmull_high_s8(w.v, x.v);
-    return {vreinterpretq_u32_s32(vpadalq_s16(vpadalq_s16(s, low), high))};
+    return {vpadalq_s16(vpadalq_s16(sum.v, low), high)};
 #endif
 }
 

@@ -159,6 +159,10 @@ struct DotVector {
     int32_t v[W];
 };
 
+using DotSum = I32;
+BNB_INLINE DotSum no_dots() { return splat_bits(0); }
+BNB_INLINE I32 lanes_of(DotSum sum) { return sum; }
+
 using DotActivation = int8_t;
 constexpr int kDotLanes = W;
 constexpr uint32_t kDotOffset = 0;
@@ -166,7 +170,7 @@ constexpr uint32_t kDotOffset = 0;
 BNB_INLINE DotVector load_dot_weights(const int8_t* p) { BNB_EACH(DotVector, p[i]); }
 BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { BNB_EACH(DotVector, i < n ? p[i] : 0); }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { BNB_EACH(DotVector, p[i]); }
-BNB_INLINE I32 dot(DotVector w, DotVector x, I32 sum) { BNB_EACH(I32, sum.v[i] + uint32_t(w.v[i] * x.v[i])); }
+BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { BNB_EACH(I32, sum.v[i] + uint32_t(w.v[i] * x.v[i])); }
 
 #undef BNB_EACH
 
