@@ -64,9 +64,8 @@ def _placements(p: torch.Tensor, leading: int) -> list:
     placements = []
     for placement in p.placements:
         if leading and placement.is_shard():
-            shifted = object.__new__(type(placement))
-            shifted.__dict__.update(vars(placement), dim=placement.dim + leading)
-            placement = shifted
+            strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+            placement = type(placement)(placement.dim + leading, **strided)
         placements.append(placement)
     return placements
 
