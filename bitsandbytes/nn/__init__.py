@@ -5,6 +5,7 @@ import torch
 from ..autograd._functions import MatmulLtState
 from ..quant_state import QuantState
 from .embeddings import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding
+from .experts import Experts4bit, FusedExperts4bit, quantize_experts
 from .modules import Int8Params, LayerState, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
 from .outlier_aware import OutlierAwareLinear
 
@@ -12,7 +13,7 @@ from .outlier_aware import OutlierAwareLinear
 torch.serialization.add_safe_globals(
     [
         QuantState, MatmulLtState, LayerState, Params4bit, Int8Params, Linear4bit, LinearFP4, LinearNF4, Linear8bitLt,
-        Embedding4bit, EmbeddingFP4, EmbeddingNF4, Embedding8bit, Embedding, StableEmbedding,
+        Embedding4bit, EmbeddingFP4, EmbeddingNF4, Embedding8bit, Embedding, StableEmbedding, Experts4bit,
     ]
 )  # fmt: skip
 
@@ -22,6 +23,8 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Experts4bit",
+    "FusedExperts4bit",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",
@@ -30,4 +33,5 @@ __all__ = [
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "quantize_experts",
 ]

@@ -105,24 +105,37 @@ def part(packed: Tensor, state: QuantState, index: int) -> tuple[Tensor, QuantSt
 
     Args:
         packed: codes of a tensor [n, ...], any storage dtype.
-        state: its state; the size of an entry is a multiple of the block size.
+        state: its state.
         index: which entry.
 
     Returns:
-        uint8 codes [bytes, 1] that share memory with ``packed``, and their state. Statistics are shared too, except where a nested block of them
-        is cut: those are float32.
+        uint8 codes [bytes, 1] that share memory with ``packed``, and their state. Where entries begin in the middle of a block, its block size is
+        the largest that divides both, and blocks that belonged together have the same scale. Scales are shared where they can be.
+
+    Raises:
+        ValueError: entries have no such block size: their number of elements is not a multiple of 32.
     """
-    shape = torch.Size(state.shape[1:])
-    blocks = prod(shape) // state.blocksize
-    first, last = index * blocks, (index + 1) * blocks
     own = copy.copy(state)
-    own.shape = shape
-    if state.nested and first % NESTED_BLOCKSIZE == 0:
-        own.absmax = state.absmax[first:last]
+    own.shape = torch.Size(state.shape[1:])
+    count = prod(own.shape)
+    own.blocksize = common_unit(count, state.blocksize)
+    if own.blocksize not in BLOCKSIZES_4BIT:
+        sizes = f"{count} elements are not a multiple of {BLOCKSIZES_4BIT[0]}"
+        raise ValueError(f"a 4-bit tensor of shape {list(state.shape)} cannot be taken apart: {sizes}")
+    first, blocks = index * (count // own.blocksize), count // own.blocksize
+    if own.blocksize < state.blocksize:
+        units = torch.arange(first, first + blocks, device=state.absmax.device)
+        own.absmax = _scales_of(state, units * own.blocksize // state.blocksize)
+    elif state.nested and first % NESTED_BLOCKSIZE == 0:
+        own.absmax = state.absmax[first : first + blocks]
         own.state2 = copy.copy(state.state2)
-        own.state2.absmax = state.state2.absmax[first // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
+        own.state2.absmax = state.state2.absmax[first // NESTED_BLOCKSIZE : -(-(first + blocks) // NESTED_BLOCKSIZE)]
+        return _codes_of(packed, state, index, count), own
     else:
-        own.absmax = _scales_between(state, first, last)
-        own.state2 = own.offset = None
-        own.nested = False
-    return packed_bytes(packed, state)[first * state.blocksize // 2 : last * state.blocksize // 2].view(-1, 1), own
+        own.absmax = _scales_between(state, first, first + blocks)
+    own.nested, own.state2, own.offset = False, None, None
+    return _codes_of(packed, state, index, count), own
+
+
+def _codes_of(packed: Tensor, state: QuantState, index: int, count: int) -> Tensor:
+    return packed_bytes(packed, state)[index * count // 2 : (index + 1) * count // 2].view(-1, 1)
