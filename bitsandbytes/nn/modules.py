@@ -1,20 +1,30 @@
-"""Linear layers that keep their weights quantised. The parameters and embeddings can be had here as well, under their published names."""
+"""Linear layers that keep their weights quantised.
 
+In the published library every layer lives in this module, and programs import from it: what is imported here without a use is for them.
+"""
+
+from typing import TypeVar
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, device, dtype, nn  # noqa: F401
 import torch.nn.functional as F
 
 import bitsandbytes as bnb
 
-from .. import functional
 from .._ops import FLOATS
 from ..autograd._functions import MatmulLtState, _autocast_dtype
+from ..functional import _convert_weight_packed_for_cpu, _convert_weight_packed_for_cpu_inverse, has_avx512bf16  # noqa: F401
+from ..optim.manager import GlobalOptimManager  # noqa: F401
 from ..quant_state import QuantState
+from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer  # noqa: F401
 from . import checkpoint
+from .embeddings import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding  # noqa: F401
 from .holders import Holds4bitWeight, Holds8bitWeight, described, logger, require_float
+from .outlier_aware import OutlierAwareLinear  # noqa: F401
 from .parameters import Int8Params, Params4bit
+
+T = TypeVar("T", bound=nn.Module)
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -114,7 +124,7 @@ class Linear4bit(Holds4bitWeight, _QuantisedLinear):
         self.quant_storage = quant_storage
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
-        self.support_avx512bf16_for_cpu = functional.has_avx512bf16()
+        self.support_avx512bf16_for_cpu = has_avx512bf16()
         self.weight = Params4bit(
             self.weight.data,
             requires_grad=False,
