@@ -1,7 +1,9 @@
 """Mixture-of-experts stacks in 4 bit, on their own and inside transformers models."""
 
 import copy
+import gc
 import io
+import weakref
 
 from helpers import assert_same_bits, bell, grid, raw_bytes
 import pytest
@@ -235,6 +237,21 @@ def test_experts_take_an_eighth_of_the_memory():
     quantize_experts(model)
     after = sum(tensor.nbytes for experts in experts_of(model) for tensor in experts.state_dict().values())
     assert after < before * (1 / 8 + 0.01)
+
+
+def test_float_stacks_are_freed_one_module_at_a_time(monkeypatch):
+    model, alive = model_of("olmoe"), []
+    stacks = [weakref.ref(parameter) for experts in experts_of(model) for parameter in experts.parameters()]
+    original = FusedExperts4bit.__init__
+
+    def counting(self, *args, **recipe):
+        gc.collect()
+        alive.append(sum(stack() is not None for stack in stacks))
+        original(self, *args, **recipe)
+
+    monkeypatch.setattr(FusedExperts4bit, "__init__", counting)
+    quantize_experts(model)
+    assert alive == [4, 2]
 
 
 def test_modules_can_be_left_alone():

@@ -239,18 +239,24 @@ def quantize_experts(
     """
     recipe = {"quant_type": quant_type, "compress_statistics": compress_statistics, "blocksize": blocksize}
     skip, quantised = set(skip), []
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # names only: what has been replaced is to be freed
         parent, _, last = name.rpartition(".")
-        if name in skip or last in skip:
-            continue
-        if name and _follows_interface(module):
-            model.get_submodule(parent).add_module(last, FusedExperts4bit(module, **recipe))
-            quantised.append(name)
-        elif stacks := _other_stacks(module):
-            for stack in stacks:
-                replace_parameter_4bit(module, stack, **recipe)
+        if name not in skip and last not in skip and _quantise(model, parent, last, recipe):
             quantised.append(name)
     return quantised
+
+
+def _quantise(model: nn.Module, parent: str, name: str, recipe: dict) -> bool:
+    """Quantises one module if it holds experts; whether it does."""
+    holder = model.get_submodule(parent)
+    module = holder.get_submodule(name)
+    if name and _follows_interface(module):
+        holder.add_module(name, FusedExperts4bit(module, **recipe))
+        return True
+    stacks = _other_stacks(module)
+    for stack in stacks:
+        replace_parameter_4bit(module, stack, **recipe)
+    return bool(stacks)
 
 
 def _follows_interface(module: nn.Module) -> bool:
