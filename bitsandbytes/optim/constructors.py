@@ -31,6 +31,7 @@ def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict |
     ]
     visible += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in _COMMON.items()]
     signature = given.replace(parameters=visible)
+    restricted = [name for name in signature.parameters if name in fixed or name in only_default]
 
     def __init__(*args, **kwargs):
         owner = type(args[0]).__name__
@@ -39,9 +40,9 @@ def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict |
         except TypeError as error:
             raise TypeError(f"{owner}: {error}") from None
         bound.apply_defaults()
-        for name, value in bound.arguments.items():
-            default = signature.parameters[name].default
-            if value != default and (name in only_default or value != fixed.get(name, value)):
+        for name in restricted:
+            value, default = bound.arguments[name], signature.parameters[name].default
+            if value != default and (name in only_default or value != fixed[name]):
                 raise ValueError(f"{owner} does not support {name}={value!r}: leave it at {default!r}, or take the class that has this choice")
         function(**{**bound.arguments, **fixed})
 
