@@ -39,7 +39,7 @@ OPTIMIZERS = {
     "AdEMAMix8bit": lambda p: optim.AdEMAMix8bit(p, lr=1e-2, t_alpha=10, t_beta3=10),
     "Lion8bit": lambda p: optim.Lion8bit(p, lr=1e-3),
     "LAMB": lambda p: optim.LAMB(p, lr=1e-2, max_unorm=0.1, weight_decay=0.1),
-    "RMSprop8bit": lambda p: optim.RMSprop8bit(p, lr=1e-3, momentum=0.9, centered=True),
+    "RMSprop8bit": lambda p: optim.RMSprop8bit(p, lr=1e-3, momentum=0.9),
 }
 
 

@@ -170,7 +170,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
     def _wants_8bit(self, p: torch.Tensor, config: dict[str, Any]) -> bool:
         if config["optim_bits"] not in (8, 32):
             raise NotImplementedError(f"optimizer states have 8 or 32 bits, got optim_bits={config['optim_bits']}")
-        return config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
+        return config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] and not config["centered"]
 
     def _init_moment(self, p: torch.Tensor, moment: Moment, config: dict[str, Any], in_8bit: bool) -> None:
         state, part = self.state[p], local(p)

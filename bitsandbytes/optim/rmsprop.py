@@ -13,10 +13,16 @@ def rmsprop(
         alpha: decay of the mean of squares.
         weight_decay: is added to the gradient, times the parameter.
         momentum: decay of the sum of updates.
-        centered: divide by the deviation of the gradient from its mean.
+        centered: divide by the deviation of the gradient from its mean. Its states have 32 bits: in 8 bits the difference of the two averages
+            that the deviation is would be lost.
 
     See ``Adam`` for the other arguments.
+
+    Raises:
+        NotImplementedError: centred, with 8-bit states.
     """
+    if centered and optim_bits == 8:
+        raise NotImplementedError("centered RMSprop needs 32-bit states: use RMSprop or RMSprop32bit with optim_bits=32")
     Optimizer1State.__init__(
         self, "rmsprop", params, lr, (alpha, momentum), eps, weight_decay, optim_bits, args, min_8bit_size, centered=centered, **options
     )  # fmt: skip

@@ -125,12 +125,12 @@ class CheckpointedState:
             for gindex, (group, saved) in enumerate(zip(groups, saved_groups))
             for pindex, (p, key) in enumerate(zip(group["params"], saved["params"]))
         }
-        self.__setstate__({"param_groups": groups})
         state = {key: deepcopy(value) for key, value in state_dict["state"].items() if key not in places}
         for key, (p, gindex, pindex) in places.items():
             if key in state_dict["state"]:
                 config = self.get_config(gindex, pindex, groups[gindex])
                 state[p] = self._loaded_state(state_dict["state"][key], p, config, move_to_device, convert_states)
+        self.__setstate__({"param_groups": groups})
         self.state.clear()
         self.state.update(state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
