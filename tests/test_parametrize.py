@@ -118,7 +118,10 @@ def test_a_dict_without_the_parameter_changes_nothing():
     module = quantised()
     before = module.stack.clone()
     result = module.load_state_dict({"bias": torch.ones(48)}, strict=False)
-    assert result.missing_keys == ["parametrizations.stack.original"] and torch.equal(module.stack, before)
+    assert result.missing_keys == ["stack"] and torch.equal(module.stack, before)
+    with pytest.raises(RuntimeError, match='Missing.*"stack.absmax"'):
+        module.load_state_dict({"bias": torch.ones(48), "parametrizations.stack.original": quantised(seed=2).parametrizations.stack.original})
+    assert torch.equal(module.stack, before)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,13 @@ def test_copies_are_independent(duplicate):
     assert torch.equal(replica[1](x), quantised()(x))
     parametrize.remove_parametrizations(replica[0], "stack", leave_parametrized=True)
     assert torch.equal(replica[0].stack, dense[0])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_values_is_an_ordinary_tensor(duplicate):
+    values = quantised().stack
+    assert type(duplicate(values)) is torch.Tensor and torch.equal(duplicate(values), values)
+    assert type(values.detach().numpy()).__name__ == "ndarray" and isinstance(nn.Parameter(values), nn.Parameter)
 
 
 def test_torch_save_of_the_module():

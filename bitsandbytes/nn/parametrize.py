@@ -229,6 +229,16 @@ class _Watched(torch.Tensor):
                 result = func(*args, **kwargs)
         return _watch_views(result, sources)
 
+    def _plain(self) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self._plain(), memo)
+
+    def __reduce_ex__(self, protocol):
+        return self._plain().__reduce_ex__(protocol)
+
 
 class _Source:
     """Where a dense weight comes from."""
@@ -309,9 +319,15 @@ def _load_pre_hook(
     ``nn.Module`` copies the codes afterwards: it finds them under the name of the parametrisation's own parameter.
     """
     key, own_key = prefix + param_name, _original_key(prefix, param_name)
-    if key not in state_dict or not parametrize.is_parametrized(module, param_name):
+    if not parametrize.is_parametrized(module, param_name):
         return
     chain = module.parametrizations[param_name]
+    if key not in state_dict:
+        if own_key not in state_dict:
+            state_dict[own_key] = chain.original
+            missing_keys.append(key)
+            return
+        state_dict[key] = state_dict[own_key]  # saved where there were no hooks for state dicts, hence without statistics
     entries = {name: state_dict.pop(f"{key}.{name}") for name in checkpoint.STATISTICS if f"{key}.{name}" in state_dict}
     statistics = {f"{key}.{name}": tensor for name, tensor in entries.items()}
     values = state_dict.pop(key)
