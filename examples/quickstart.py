@@ -1,14 +1,16 @@
-"""bitsandbytes in a few minutes, on a CPU: quantise a real language model to 4 bits, use it, save it, and fine-tune it.
+"""bitsandbytes in a few minutes, on a CPU: quantise a real language model to 4 and to 8 bits, use it, save it, and fine-tune it.
 
     make quickstart                          installs everything and runs this
     python examples/quickstart.py --quick    a shorter run
 
 The model is SmolLM2-135M-Instruct. What is shown, in order:
 
-1. compare    the model in fp32, bf16 and NF4 (4 bits, double quantisation): memory, perplexity, speed, an answer;
-2. save       the quantised model goes to disk and comes back with identical logits;
+1. compare    the model in fp32, bf16, INT8 (LLM.int8(), arXiv:2208.07339) and NF4 (4 bits, double quantisation): memory, perplexity, speed,
+              an answer;
+2. save       the quantised models go to disk and come back with identical logits;
 3. fine-tune  a LoRA adapter learns a short text on top of the frozen 4-bit weights (QLoRA, arXiv:2305.14314), with gradient
-              checkpointing; an evaluation in the middle of the training changes nothing.
+              checkpointing; an evaluation in the middle of the training changes nothing. Then a few steps on the 8-bit weights, and the
+              same with half of the layers offloaded by accelerate.
 
 The program ends with one table and leaves the loss curve in examples/output/loss.png. It fails if a thing it claims is not so.
 """
@@ -41,6 +43,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 from pydoc_data.topics import topics  # noqa: E402
 
+import accelerate  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
@@ -65,6 +68,7 @@ NF4 = BitsAndBytesConfig(
 FORMATS = {
     "fp32": {"dtype": torch.float32},
     "bf16": {"dtype": torch.bfloat16},
+    "INT8": {"dtype": torch.bfloat16, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
     "NF4": {"dtype": torch.bfloat16, "quantization_config": NF4},
 }
 
@@ -104,12 +108,14 @@ def load(folder: Path, **options):
 
 
 def megabytes(model) -> float:
-    """Size of all weights, with the block scales and tables that the 4-bit ones need."""
+    """Size of all weights, with the scales and tables that the quantised ones need."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             statistics = module.weight.quant_state.as_dict(packed=True)
             tensors += [value for value in statistics.values() if isinstance(value, torch.Tensor)]
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            tensors.append(module.weight.SCB)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
@@ -166,7 +172,7 @@ def zen_of_python() -> str:
 
 
 def add_adapter(model):
-    """A trainable LoRA adapter on every linear layer of the frozen 4-bit model, with gradient checkpointing."""
+    """A trainable LoRA adapter on every linear layer of the frozen quantised model, with gradient checkpointing."""
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(0)  # the adapter starts from random numbers
     return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -189,6 +195,23 @@ def fine_tune(model, text: torch.Tensor, steps: int, evaluate_after: int | None,
             model.eval()
             perplexity(model, evaluation_text, "evaluation")
     return losses
+
+
+def offload_half_of_the_layers(model) -> None:
+    """Lets every second layer of a model with an adapter keep its quantised weights elsewhere, and fetch them when they are used."""
+    for layer in model.base_model.model.model.layers[::2]:
+        for module in layer.modules():
+            if isinstance(module, bnb.nn.Linear8bitLt):
+                accelerate.cpu_offload(module, execution_device="cpu")
+
+
+def save_and_reload(model, folder: Path, text: torch.Tensor) -> tuple[object, bool, float]:
+    """The model as it comes back from disk, whether it gives the same logits there, and the megabytes of the checkpoint."""
+    model.save_pretrained(folder)
+    reloaded = load(folder)
+    with torch.no_grad():
+        survived = torch.equal(model(text[None]).logits, reloaded(text[None]).logits)
+    return reloaded, survived, sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
 def same_tensors(first: dict, second: dict) -> bool:
@@ -246,14 +269,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and fewer training steps")
     quick = parser.parse_args().quick
-    text_tokens, new_tokens, steps = (2048, 24, 12) if quick else (8192, 64, 30)
+    text_tokens, new_tokens, steps, int8_steps = (2048, 24, 12, 3) if quick else (8192, 64, 30, 5)
     evaluate_after = steps // 2
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls names that transformers renames
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     OUTPUT.mkdir(exist_ok=True)
-    float_folder, nf4_folder = OUTPUT / "smollm2-fp32", OUTPUT / "smollm2-nf4"
+    float_folder, int8_folder, nf4_folder = (OUTPUT / f"smollm2-{name}" for name in ("fp32", "int8", "nf4"))
 
     say("reading SmolLM2-135M-Instruct")
     prepare_float_model(float_folder)
@@ -262,18 +285,16 @@ def main() -> None:
     english = tokenizer(english[: 8 * text_tokens], return_tensors="pt")["input_ids"][0, :text_tokens]
     zen = tokenizer(zen_of_python(), return_tensors="pt")["input_ids"][0]
 
-    measured = {}
+    measured, models = {}, {}
     for label, options in FORMATS.items():
         say(f"comparing: {label}")
-        model = load(float_folder, **options)
-        measured[label] = measure(model, tokenizer, english, label, new_tokens)
+        models = {label: load(float_folder, **options)} | {name: model for name, model in models.items() if name == "INT8"}
+        measured[label] = measure(models[label], tokenizer, english, label, new_tokens)
 
-    say("saving the NF4 model and loading it again")
-    model.save_pretrained(nf4_folder)
-    reloaded = load(nf4_folder)
-    with torch.no_grad():
-        logits_survive = torch.equal(model(zen[None]).logits, reloaded(zen[None]).logits)
-    on_disk = sum(file.stat().st_size for file in nf4_folder.glob("*.safetensors")) / 1e6
+    say("saving the quantised models and loading them again")
+    int8, int8_survives, int8_on_disk = save_and_reload(models["INT8"], int8_folder, zen)
+    reloaded, nf4_survives, nf4_on_disk = save_and_reload(models["NF4"], nf4_folder, zen)
+    del models
 
     say(f"fine-tuning: {steps} steps, with an evaluation after step {evaluate_after}")
     beginning = tokenizer(BEGINNING, return_tensors="pt")["input_ids"][0]
@@ -288,17 +309,27 @@ def main() -> None:
     fine_tune(undisturbed, zen, steps, None, english[:WINDOW], "without evaluation")
     evaluation_harmless = same_tensors(peft.get_peft_model_state_dict(tuned), peft.get_peft_model_state_dict(undisturbed))
 
+    say(f"fine-tuning in INT8: {int8_steps} steps, and again with half of the layers offloaded")
+    int8_tuned, int8_offloaded = add_adapter(int8), add_adapter(load(int8_folder))
+    offload_half_of_the_layers(int8_offloaded)
+    int8_losses = fine_tune(int8_tuned, zen, int8_steps, None, english[:WINDOW], "INT8")
+    offloaded_losses = fine_tune(int8_offloaded, zen, int8_steps, None, english[:WINDOW], "INT8, half offloaded")
+
     claims = {
-        "reloaded model gives identical logits": logits_survive,
+        "reloaded NF4 model gives identical logits": nf4_survives,
+        "reloaded INT8 model gives identical logits": int8_survives,
+        "perplexity in INT8 is within 1 % of bf16": abs(measured["INT8"].perplexity / measured["bf16"].perplexity - 1) < 0.01,
         f"loss falls over {steps} LoRA steps": losses[-1] < losses[0] and math.isfinite(losses[-1]),
         "evaluating while training changes no bit": evaluation_harmless,
+        "INT8 loss falls, the same with half of the layers offloaded": int8_losses[-1] < int8_losses[0] and offloaded_losses == int8_losses,
     }
     print(f"\nSmolLM2-135M-Instruct on {torch.get_num_threads()} CPU threads, bitsandbytes {bnb.__version__}\n")
     print(comparison_table(measured, text_tokens))
     print(f"\nQ: {QUESTION}")
     for label, result in measured.items():
         print(f"   {label:5} {one_line(result.answer)}")
-    print(f"\nquantised checkpoint       {on_disk:.0f} MB in {shown(nf4_folder)}")
+    print(f"\nNF4 checkpoint             {nf4_on_disk:.0f} MB in {shown(nf4_folder)}")
+    print(f"INT8 checkpoint            {int8_on_disk:.0f} MB in {shown(int8_folder)}")
     print(f"LoRA loss                  {losses[0]:.2f} -> {losses[-1]:.2f}, curve in {shown(OUTPUT / 'loss.png')}")
     print(f"\nContinue: {one_line(BEGINNING)}\n   before   {one_line(before)}\n   after    {one_line(after)}\n")
     for claim, holds in claims.items():

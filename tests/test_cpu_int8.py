@@ -34,15 +34,18 @@ dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "fp16", "bf
 # The fixture only chooses a set, which lasts for all examples.
 on_every_set = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-PER_CODE, PER_PRODUCT = np.float32(1 / 127), np.float32(1 / 127**2)
+PER_CODE, PER_PRODUCT, PER_DIGIT = np.float32(1 / 127), np.float32(1 / 127**2), np.float32(1 / 254)
 ALL_LENGTHS = [*range(1, 67), 95, 96, 127, 128, 129, 191, 200, 255, 256, 257, 4095, 4096, 4097, 8200]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the model
-def codes_of(x: np.ndarray, stats: np.ndarray) -> np.ndarray:
+def in_steps(x: np.ndarray, stats: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
-        scaled = np.rint(x * (np.float32(127) / stats))
-    return np.nan_to_num(scaled, nan=0, posinf=127, neginf=-127).astype(np.int8)
+        return np.clip(np.nan_to_num(x * (np.float32(127) / stats), nan=0, posinf=127, neginf=-127), -127, 127).astype(np.float32)
+
+
+def codes_of(x: np.ndarray, stats: np.ndarray) -> np.ndarray:
+    return np.rint(in_steps(x, stats)).astype(np.int8)
 
 
 def model_quantise(A: torch.Tensor, threshold: float):
@@ -58,14 +61,21 @@ def model_quantise(A: torch.Tensor, threshold: float):
     return codes, stats, columns, x
 
 
+def second_digits(codes, stats, columns, x) -> np.ndarray:
+    """What the codes leave, in steps 254 times as fine; the arguments are the results of model_quantise."""
+    second = np.rint((in_steps(x, stats[:, None]) - codes) * np.float32(254)).astype(np.int8)
+    second[:, columns] = 0
+    return second
+
+
 def exact_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a.astype(np.int64) @ b.astype(np.int64).T).astype(np.int32)
 
 
-def scaled(product: np.ndarray, row_stats, col_stats, bias=None) -> np.ndarray:
-    """fp32, every step rounded."""
+def scaled(product: np.ndarray, row_stats, col_stats, bias=None, second=np.zeros(1)) -> np.ndarray:
+    """fp32, every step rounded. `second` is the product of the second digits."""
     with np.errstate(all="ignore"):
-        values = product.astype(np.float32) * (row_stats[:, None] * col_stats[None, :]) * PER_PRODUCT
+        values = (product.astype(np.float32) + second.astype(np.float32) * PER_DIGIT) * (row_stats[:, None] * col_stats[None, :]) * PER_PRODUCT
         return values if bias is None else values + bias
 
 
@@ -229,13 +239,14 @@ def test_the_layer_without_outliers_is_exact_to_the_last_rounding(lib, lead, N, 
     CB, SCB = random_weight(N, K)
     A = torch.from_numpy(np.random.default_rng([N, K]).standard_normal((*lead, K))).to(dtype)
     bias = None if bias_dtype is None else torch.linspace(-3, 3, N).to(bias_dtype)
-    codes, stats, *_ = model_quantise(A, 0.0)
-    expected = torch.from_numpy(scaled(exact_product(codes, CB), stats, SCB, None if bias is None else bias.float().numpy())).to(dtype)
+    codes, stats, *_ = quantised = model_quantise(A, 0.0)
+    product, second = exact_product(codes, CB), exact_product(second_digits(*quantised), CB)
+    added = None if bias is None else bias.float().numpy()
     y, mask = ops.int8_linear(A, *tensors(CB, SCB), bias)
     assert y.shape == (*lead, N) and mask.shape == (0,)
-    assert_same_floats(y.reshape(-1), expected.view(-1))
-    again = ops.int8_scaled_mm(*tensors(codes.reshape(*lead, K), CB, stats, SCB), bias, dtype)
-    assert_same_floats(again.reshape(-1), expected.view(-1))
+    assert_same_floats(y.reshape(-1), torch.from_numpy(scaled(product, stats, SCB, added, second)).to(dtype).view(-1))
+    of_codes = ops.int8_scaled_mm(*tensors(codes.reshape(*lead, K), CB, stats, SCB), bias, dtype)
+    assert_same_floats(of_codes.reshape(-1), torch.from_numpy(scaled(product, stats, SCB, added)).to(dtype).view(-1))
 
 
 def assert_within_rounding(y: torch.Tensor, expected: np.ndarray, size: np.ndarray, terms: int) -> None:
@@ -258,17 +269,20 @@ def test_the_layer_with_outliers_rounds_sums_only(lib, A, N, threshold, has_bias
     K = A.shape[-1]
     CB, SCB = random_weight(N, K)
     bias = torch.linspace(-3, 3, N) if has_bias else None
-    codes, stats, columns, _ = model_quantise(A, threshold)
+    codes, stats, columns, _ = quantised = model_quantise(A, threshold)
     y, mask = ops.int8_linear(A, *tensors(CB, SCB), bias, threshold)
     assert_same_bytes(mask.numpy(), columns)
     x = A.double().reshape(-1, K).numpy()[:, columns]
     weight = CB.astype(np.float64)[:, columns] * SCB[:, None] / 127
-    integers = exact_product(codes, CB).astype(np.float64) * stats.astype(np.float64)[:, None] * SCB / 127**2
-    added = np.zeros(N) if bias is None else bias.double().numpy()
-    assert_within_rounding(y, integers + x @ weight.T + added, np.abs(integers) + np.abs(x) @ np.abs(weight).T + np.abs(added), columns.sum())
+    scales = stats.astype(np.float64)[:, None] * SCB / 127**2
+    integers = exact_product(codes, CB).astype(np.float64) * scales
+    seconds = exact_product(second_digits(*quantised), CB).astype(np.float64) / 254 * scales
+    others = x @ weight.T + (np.zeros(N) if bias is None else bias.double().numpy())
+    size = np.abs(integers) + np.abs(x) @ np.abs(weight).T + (0 if bias is None else np.abs(bias.double().numpy()))
+    assert_within_rounding(y, integers + seconds + others, size + np.abs(seconds), columns.sum())
     found = torch.from_numpy(np.flatnonzero(columns))
-    again, outliers = ops.int8_mixed_scaled_mm(A, *tensors(codes.reshape(A.shape), CB, stats, SCB), found, bias)
-    assert_same_floats(again.reshape(-1), y.reshape(-1))
+    of_codes, outliers = ops.int8_mixed_scaled_mm(A, *tensors(codes.reshape(A.shape), CB, stats, SCB), found, bias)
+    assert_within_rounding(of_codes, integers + others, size, columns.sum())
     assert_same_floats(outliers.reshape(-1), A.reshape(-1, K)[:, found].reshape(-1))
 
 

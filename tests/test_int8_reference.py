@@ -376,7 +376,11 @@ def model_linear(A: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, bias: tor
     is_outlier = torch.zeros(A.shape[-1], dtype=torch.bool)
     is_outlier[columns] = True
     weight = CB.double() * SCB.double()[:, None] / 127
-    product = exact_product(codes.view(x.shape), CB).double() * stats.double()[:, None] * SCB.double() / 127**2
+    kept = torch.where(is_outlier, 0.0, x)
+    steps = torch.where(stats[:, None] > 0, kept.float() * (127 / stats.double()).float()[:, None], 0.0)  # in float32, like the codes
+    second = ((steps.clamp(-127, 127) - codes.view(x.shape)).double() * 254).round()
+    digits = exact_product(codes.view(x.shape), CB).double() + second @ CB.double().t() / 254
+    product = digits * stats.double()[:, None] * SCB.double() / 127**2
     added = torch.zeros(CB.shape[0], dtype=torch.float64) if bias is None else bias.double()
     outliers = x[:, is_outlier]
     size = product.abs() + outliers.abs() @ weight[:, is_outlier].abs().t() + added.abs()

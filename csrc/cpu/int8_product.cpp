@@ -4,6 +4,10 @@
 // columns j, plus the bias, all fp32, rounded once. The weight is read where it lies, N K bytes, once for every few hundred tokens; A is read twice,
 // its codes and what its outlier columns hold stay in a cache.
 //
+// Activations that come as codes have one digit each. Those quantised here have two, qa + qa' / 254: the product is then as exact as one with the
+// activations themselves, for twice the multiplications, which the multipliers for bytes still finish before those for bfloat16 would do half of them,
+// and a few tokens wait for the weight anyway. A token with two digits is multiplied as two tokens, whose sums meet when they are scaled.
+//
 // The work is a line of tiles, panel of the weight after panel of the weight; threads take stretches of it. K is never split: the result does not
 // depend on the number of threads.
 #include "int8_dot.h"
@@ -19,11 +23,14 @@ static_assert(kDotTokens <= kPanelTokens, "one tile of the outliers' product ser
 // The tokens that are multiplied together.
 struct Tokens {
     int64_t first, count;
-    const DotActivation* codes; // of each a row of `stride`
+    int64_t digits;             // of each: one or two
+    const DotActivation* codes; // of each digit of each token a row of `stride`
     int64_t stride;
     const float* stats;
-    const uint32_t* corrections;
-    const float* outliers; // of each a row of as many as there are outlier columns
+    const uint32_t* corrections; // of each digit of each token
+    const float* outliers;       // of each token a row of as many as there are outlier columns
+
+    TokenTiles tiles() const { return TokenTiles::of(count, kDotTokens / digits); }
 };
 
 struct OutlierColumns {
@@ -48,7 +55,8 @@ class ProductWorker {
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t token = tiles.begin(tile), count = tiles.size(tile);
             uint32_t sums[kDotTokens * kDotPanel];
-            dot_panel(args_.CB + row * args_.K, rows, tokens.codes + token * tokens.stride, tokens.stride, count, args_.K, sums);
+            const DotActivation* codes = tokens.codes + token * tokens.digits * tokens.stride;
+            dot_panel(args_.CB + row * args_.K, rows, codes, tokens.stride, count * tokens.digits, args_.K, sums);
             if (args_.SCB == nullptr)
                 write_integers(tokens, token, count, row, rows, sums);
             else
@@ -99,7 +107,11 @@ class ProductWorker {
                 const ScaleSources from{args_.SCB + row + lane, args_.bias != nullptr ? args_.bias + row + lane : nullptr,
                                         J > 0 ? outliers + t * vectors * W : nullptr};
                 T* out = static_cast<T*>(args_.out) + (tokens.first + token + t) * args_.N + row + lane;
-                scale_row(sums + t * kDotPanel + lane, tokens.corrections[token + t], tokens.stats[token + t], from, width, out);
+                const int64_t digits = tokens.digits;
+                const uint32_t* first = sums + t * digits * kDotPanel + lane;
+                const uint32_t* corrections = tokens.corrections + (token + t) * digits;
+                const RowSums row_sums{first, corrections[0], digits == 2 ? first + kDotPanel : nullptr, corrections[digits - 1]};
+                scale_row(row_sums, tokens.stats[token + t], from, width, out);
             }
         }
     }
@@ -124,9 +136,9 @@ constexpr int64_t kReadingAByte = 8, kFloatProduct = 8;
 constexpr int64_t kCostPerThread = int64_t(2) << 20; // waking and joining a thread
 
 int32_t multiply_tokens(const Int8ProductArgs& args, const OutlierColumns& columns, const Tokens& tokens) {
-    const TokenTiles tiles = TokenTiles::of(tokens.count, kDotTokens);
+    const TokenTiles tiles = tokens.tiles();
     const int64_t panel_rows = rows_of_panel(args.K, tiles.count);
-    const int64_t tokens_of_tile = ceil_div(tokens.count, tiles.count);
+    const int64_t tokens_of_tile = ceil_div(tokens.count, tiles.count) * tokens.digits;
     const int64_t cost_of_tile = panel_rows * (args.K * (kReadingAByte + tokens_of_tile) + kFloatProduct * columns.count * tokens_of_tile + 1);
     const int64_t grain = ceil_div(kCostPerThread, cost_of_tile);
     return try_parallel(ceil_div(args.N, panel_rows) * tiles.count, grain, args.threads, [&](int64_t begin, int64_t end) -> int32_t {
@@ -147,13 +159,13 @@ int32_t multiply_tokens(const Int8ProductArgs& args, const OutlierColumns& colum
 class Preparation {
   public:
     Preparation(const Int8ProductArgs& args, int64_t outliers)
-        : args_(args), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes), chunk_(smaller(args.M, most_tokens())),
+        : args_(args), digits_(args.codes != nullptr ? 1 : 2), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes), chunk_(smaller(args.M, most_tokens())),
           scratch_(size_t(chunk_ * bytes_of_token() + outliers * int64_t(sizeof(int64_t))) + 6 * Scratch::kAlignment) {
         column_ = take<int64_t>(outliers);
-        codes_ = take<DotActivation>(chunk_ * stride_);
-        bytes_ = take<int8_t>(chunk_ * stride_);
+        codes_ = take<DotActivation>(chunk_ * digits_ * stride_);
+        bytes_ = take<int8_t>(chunk_ * digits_ * stride_);
         stats_ = take<float>(chunk_);
-        corrections_ = take<uint32_t>(chunk_);
+        corrections_ = take<uint32_t>(chunk_ * digits_);
         values_ = take<float>(chunk_ * outliers);
     }
 
@@ -175,26 +187,30 @@ class Preparation {
         parallel_for(count, ceil_div(kProductsPerThread / 16, K + 1), args_.threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t token = begin; token < end; ++token) {
                 const T* x = static_cast<const T*>(args_.A) + (first + token) * K;
-                const int8_t* codes = args_.codes != nullptr ? args_.codes + (first + token) * K : bytes_ + token * stride_;
+                int8_t* digits = bytes_ + token * digits_ * stride_;
                 if (args_.codes == nullptr) {
                     stats_[token] = row_statistic(x, K, args_.limit);
-                    row_codes(x, K, stats_[token], is_outlier, bytes_ + token * stride_);
+                    row_digits(x, K, stats_[token], is_outlier, digits, digits + stride_);
                 } else if (args_.row_stats != nullptr) {
                     stats_[token] = args_.row_stats[first + token];
                 }
-                corrections_[token] = pack_codes(codes, K, stride_, codes_ + token * stride_);
+                for (int64_t digit = 0; digit < digits_; ++digit) {
+                    const int8_t* codes = args_.codes != nullptr ? args_.codes + (first + token) * K : digits + digit * stride_;
+                    const int64_t row = token * digits_ + digit;
+                    corrections_[row] = pack_codes(codes, K, stride_, codes_ + row * stride_);
+                }
                 for (int64_t j = 0; j < outliers_; ++j)
                     values_[token * outliers_ + j] = to_float(x[columns.column[j]]);
             }
         });
-        return {first, count, codes_, stride_, stats_, corrections_, values_};
+        return {first, count, digits_, codes_, stride_, stats_, corrections_, values_};
     }
 
   private:
     static constexpr int64_t kMostBytes = 4 << 20;
 
     int64_t bytes_of_token() const {
-        return stride_ * int64_t(sizeof(DotActivation) + sizeof(int8_t)) + outliers_ * int64_t(sizeof(float)) + 8;
+        return digits_ * (stride_ * int64_t(sizeof(DotActivation) + sizeof(int8_t)) + 4) + outliers_ * int64_t(sizeof(float)) + 4;
     }
 
     int64_t most_tokens() const {
@@ -207,7 +223,7 @@ class Preparation {
     }
 
     const Int8ProductArgs& args_;
-    int64_t outliers_, stride_, chunk_;
+    int64_t digits_, outliers_, stride_, chunk_;
     Scratch scratch_;
     int64_t* column_;
     DotActivation* codes_;

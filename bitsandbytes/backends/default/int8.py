@@ -19,6 +19,10 @@ INT8_MAX = 127.0
 _PER_CODE = 1.0 / INT8_MAX
 _PER_PRODUCT = 1.0 / (INT8_MAX * INT8_MAX)
 
+# Half a step of the first digit, which is what rounding leaves at most, is 127 steps of the second.
+_SECOND_DIGIT = 254.0
+_PER_SECOND_DIGIT = 1.0 / _SECOND_DIGIT
+
 # (-128)**2 * 1024 = 2**24: up to here every partial sum is an integer that float32 holds exactly, in whatever order it is added up.
 _EXACT_LENGTH = 1024
 
@@ -37,14 +41,19 @@ def _largest_magnitude(A: torch.Tensor, dim: int) -> torch.Tensor:
     return A.abs().amax(dim=dim)
 
 
-def _to_codes(A: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
-    """int8 codes of a float32 matrix, ``stats`` broadcasting against it.
+def _in_steps(A: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    """A float32 matrix in steps of its codes, in [-127, 127], ``stats`` broadcasting against it.
 
-    All codes are 0 where the statistic is 0, infinite or NaN: it alone then says what was there. Next to denormals only, 127 / stats
-    is infinite; the largest code is the nearest there.
+    All is 0 where the statistic is 0, infinite or NaN: it alone then says what was there. Next to denormals only, 127 / stats is infinite; the
+    largest code is the nearest there.
     """
     scaled = A * (stats.new_tensor(INT8_MAX) / stats)  # between tensors: a Python number would be multiplied by a rounded reciprocal
-    return scaled.round_().nan_to_num_(nan=0.0, posinf=INT8_MAX, neginf=-INT8_MAX).to(torch.int8)
+    return scaled.nan_to_num_(nan=0.0).clamp_(-INT8_MAX, INT8_MAX)
+
+
+def _to_codes(A: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    """int8 codes of a float32 matrix, ``stats`` broadcasting against it."""
+    return _in_steps(A, stats).round_().to(torch.int8)
 
 
 def _split_outliers(A: torch.Tensor, threshold: float) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
@@ -204,18 +213,39 @@ def int8_mixed_scaled_mm(
 def int8_linear(
     A: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor, bias: Optional[torch.Tensor] = None, threshold: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LLM.int8() from floating point activations [..., K] to results [..., N] of their dtype.
+    """The product of floating point activations [..., K] and a quantised weight [N, K], plus the bias: [..., N] in the dtype of A.
+
+    The activations are two digits, q + q' / 254, q being their codes and q' = round(254 (x * 127 / s - q)). What one digit drops, about 1 % of the
+    result and of a small language model's perplexity 2 %, is more than the quantised weight costs; what two drop is less than a 16-bit result can
+    show. Outlier columns are multiplied in floating point as in ``int8_mixed_scaled_mm``.
 
     Returns:
         The result and a mask of the outlier columns, bool [K]; an empty one without a threshold.
     """
-    codes, stats, outlier_cols = invoke("int8_vectorwise_quant", A, threshold)
-    result, _ = invoke("int8_mixed_scaled_mm", A, codes, CB, stats, SCB, outlier_cols, bias)
+    matrix, outlier_cols = _split_outliers(A, threshold)
+    codes, stats = _quantise_rows(matrix, outlier_cols)
+    second = _second_digits(matrix, stats, codes, outlier_cols)
+    sums = invoke("int8_linear_matmul", codes, CB).to(torch.float32)
+    sums += invoke("int8_linear_matmul", second, CB).to(torch.float32) * sums.new_tensor(_PER_SECOND_DIGIT)
+    result = sums.mul_(stats.view(-1, 1) * SCB.view(1, -1)).mul_(_PER_PRODUCT)
+    if bias is not None:
+        result += bias.to(torch.float32)
+    shape = (*A.shape[:-1], CB.shape[0])
     if outlier_cols is None:
-        return result, A.new_empty(0, dtype=torch.bool)
+        return result.to(A.dtype).view(shape), A.new_empty(0, dtype=torch.bool)
+    result.addmm_(_as_matrix(A)[:, outlier_cols].to(torch.float32), invoke("int8_vectorwise_dequant", CB[:, outlier_cols], SCB).t())
     is_outlier = A.new_zeros(A.shape[-1], dtype=torch.bool)
     is_outlier[outlier_cols] = True
-    return result, is_outlier
+    return result.to(A.dtype).view(shape), is_outlier
+
+
+def _second_digits(matrix: torch.Tensor, stats: torch.Tensor, codes: torch.Tensor, outlier_cols: Optional[torch.Tensor]) -> torch.Tensor:
+    """What the codes of a float32 matrix leave of it, in steps 254 times as fine: int8."""
+    steps = _in_steps(matrix, stats[:, None])
+    second = ((steps - codes.to(torch.float32)) * _SECOND_DIGIT).round_().to(torch.int8)
+    if outlier_cols is not None:
+        second[:, outlier_cols] = 0
+    return second
 
 
 @implement("int8_linear_backward", "default")
