@@ -25,7 +25,7 @@ from strategies import float_dtypes, float_tensors
 
 ops = torch.ops.bitsandbytes
 
-# All published, with these schemas, but for gemm_4bit_backward, int8_linear and int8_linear_backward.
+# All published, with these schemas, but for gemm_4bit_backward, int8_linear, int8_linear_backward and optimizer_step.
 SCHEMAS = """
 int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)
 int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None) -> Tensor
@@ -55,6 +55,10 @@ optimizer_update_32bit(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(
 optimizer_update_8bit_blockwise(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, float beta1,
   float beta2, float beta3, float alpha, float eps, int step, float lr, Tensor(a4!) qmap1, Tensor(a5!)? qmap2, Tensor(a6!) absmax1,
   Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()
+optimizer_step(Tensor(a0!)[] p, Tensor[] g, Tensor(a1!)[] moments, Tensor(a2!)[] absmax, Tensor[] qmaps, Tensor(a3!)[] unorm, str algorithm,
+  int step, float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, float gnorm_scale=1.,
+  float max_unorm=0., bool skip_zeros=False, bool decoupled_weight_decay=True, bool bias_correction=True, bool nesterov=False,
+  bool amsgrad=False, bool centered=False, int[] seeds=[]) -> ()
 """
 DECLARED = {line.split("(")[0]: "bitsandbytes::" + line for line in SCHEMAS.strip().replace("\n  ", " ").splitlines()}
 
