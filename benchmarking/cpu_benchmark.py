@@ -71,6 +71,10 @@ TARGETS: dict[str, list[Target]] = {
     **{f"Linear4bit fp32 M={rows}": [faster(f"nn.Linear fp32 M={rows}", 1), Target(PUBLISHED, 1.5)] for rows in (1, 4)},
     **{f"Linear4bit fp32 M={rows}": [faster(f"nn.Linear fp32 M={rows}", 1)] for rows in (16, 64, 128, 512)},
     **{f"training {dtype} M=64": [faster(PUBLISHED, 5)] for dtype in ("bf16", "fp32")},
+    "Linear8bitLt bf16 M=1": [faster(PUBLISHED, 1)],
+    "Linear8bitLt bf16 M=16": [faster(PUBLISHED, 4)],
+    "Linear8bitLt bf16 M=128": [faster(PUBLISHED, 2.5), faster("nn.Linear bf16 M=128", 1)],
+    "training int8 bf16 M=128": [faster(PUBLISHED, 5)],
     "Linear4bit 64x64 bf16 M=1": [Target("nn.Linear 64x64 bf16 M=1", 2.5)],
     "SmolLM2 NF4 generate": [faster(PUBLISHED, 1.2)],
 }
@@ -274,7 +278,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     model = re.search(r"model name\s*: (.*)", text)
     flags = set(text.split())
-    known = [name for flag, name in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
+    names = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "AVX512-BF16"}
+    known = [name for flag, name in names.items() if flag in flags]
     return f"{os.cpu_count()} x {model.group(1).strip() if model else platform.machine()} ({', '.join(known)})"
 
 

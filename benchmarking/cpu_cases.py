@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import statistics
 import sys
@@ -32,7 +33,7 @@ import bitsandbytes.functional as F
 SIDE = 4096  # weights are SIDE x SIDE: 16.8M elements
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GENERATED_TOKENS = 32
-TRAINING_ROWS = 64
+TRAINING_ROWS, TRAINING_ROWS_8BIT = 64, 128
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ def packed_bytes(elements: int, blocksize: int = 64) -> int:
     return elements // 2 + 4 * (elements // blocksize)
 
 
+def int8_bytes(elements: int, columns: int = SIDE) -> int:
+    """Size of an int8 weight with a fp32 scale a row."""
+    return elements + 4 * (elements // columns)
+
+
 # --- builders: everything above the returned function is preparation ---------------------------------------------------------
 
 
@@ -90,6 +96,13 @@ def quantised_layer(dtype: str, side: int = SIDE):
     return layer.to("cpu")
 
 
+def int8_layer(dtype: str, side: int = SIDE):
+    layer = bnb.nn.Linear8bitLt(side, side, bias=False, has_fp16_weights=False)
+    weight = bnb.nn.Int8Params(random_matrix(dtype, side, side), requires_grad=False, has_fp16_weights=False)
+    layer.weight = weight.to("cpu")  # quantises, with every library
+    return layer
+
+
 def dense_layer(dtype: str, side: int = SIDE):
     layer = torch.nn.Linear(side, side, bias=False, dtype=DTYPES[dtype])
     layer.weight.data.copy_(random_matrix(dtype, side, side))
@@ -113,11 +126,11 @@ def build_inference(make_layer, dtype: str, rows: int, side: int = SIDE, layers:
     return call
 
 
-def build_training(make_layer, dtype: str):
+def build_training(make_layer, dtype: str, rows: int):
     """Forward and backward for the activations, as an adapter below the frozen layer needs it."""
     layer = make_layer(dtype).train().requires_grad_(False)
-    x = random_matrix(dtype, TRAINING_ROWS).requires_grad_()
-    grad = random_matrix(dtype, TRAINING_ROWS)
+    x = random_matrix(dtype, rows).requires_grad_()
+    grad = random_matrix(dtype, rows)
 
     def call():
         x.grad = None
@@ -168,7 +181,16 @@ def all_cases() -> dict[str, Case]:
     )
     for dtype in DTYPES:
         activations = 4 * TRAINING_ROWS * SIDE * width(dtype)
-        table[f"training {dtype} M={TRAINING_ROWS}"] = Case(partial(build_training, quantised_layer, dtype), 2 * packed_bytes(elements) + activations)
+        table[f"training {dtype} M={TRAINING_ROWS}"] = Case(
+            partial(build_training, quantised_layer, dtype, TRAINING_ROWS), 2 * packed_bytes(elements) + activations
+        )
+    for rows in (1, 16, 128, 512):
+        activations = 2 * rows * SIDE * width("bf16")
+        table[f"Linear8bitLt bf16 M={rows}"] = Case(partial(build_inference, int8_layer, "bf16", rows), int8_bytes(elements) + activations)
+    activations = 4 * TRAINING_ROWS_8BIT * SIDE * width("bf16")
+    table[f"training int8 bf16 M={TRAINING_ROWS_8BIT}"] = Case(
+        partial(build_training, int8_layer, "bf16", TRAINING_ROWS_8BIT), 2 * int8_bytes(elements) + activations
+    )
     table["Linear4bit 64x64 bf16 M=1"] = Case(partial(build_inference, quantised_layer, "bf16", 1, side=64), packed_bytes(64 * 64) + 256)
     table["nn.Linear 64x64 bf16 M=1"] = Case(partial(build_inference, dense_layer, "bf16", 1, side=64), 64 * 64 * 2 + 256, published=False)
     if "BENCHMARK_MODEL" in os.environ:
@@ -234,6 +256,7 @@ def serve() -> None:
     """Answer requests until stdin closes. Whatever the libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    logging.disable(logging.WARNING)  # the published 8-bit layer writes a line a call, which is not what is to be timed
     torch.set_num_threads(int(os.environ["BENCHMARK_THREADS"]))
     cases, built = all_cases(), {}
     identity = {"bitsandbytes": bnb.__version__, "torch": torch.__version__, "file": bnb.__file__, "threads": torch.get_num_threads()}
