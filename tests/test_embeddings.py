@@ -291,6 +291,26 @@ def test_compiles_as_one_graph(make_kind, width):
     assert_same_bits(compiled(ids), layer(ids))
 
 
+@grid(width=[64, 65], nested=[False, True], strict=[False, True])
+def test_exports(width, nested, strict):
+    layer, ids = make(EmbeddingNF4, width=width, compress_statistics=nested), torch.tensor([[1, 2, 3]])
+    exported = torch.export.export(layer, (ids,), strict=strict).module()
+    assert_same_bits(exported(ids + 5), layer(ids + 5))
+
+
+def test_exports_in_8_bit():
+    layer, ids = make(Embedding8bit), torch.tensor([[1, 2, 3]])
+    exported = torch.export.export(layer, (ids,), strict=True).module()
+    assert_same_bits(exported(ids + 5), layer(ids + 5))
+
+
+@kinds
+@pytest.mark.parametrize("width", [64, 65])
+def test_maps_over_a_batch_of_indices(make_kind, width):
+    layer, ids = make_kind(width=width), torch.tensor([[1, 2], [3, 99]])
+    assert_same_bits(torch.func.vmap(layer)(ids), layer(ids))
+
+
 # ---------------------------------------------------------------------------------------------------------------- trained embeddings
 @pytest.mark.parametrize("kind", [Embedding, StableEmbedding])
 def test_trained_embeddings_take_every_argument(kind):

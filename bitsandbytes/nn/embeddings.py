@@ -204,7 +204,7 @@ class Embedding8bit(_QuantisedEmbedding, Holds8bitWeight, nn.Embedding):
         if self._is_dense(weight):
             return self._dense_forward(input, weight)
         scales, chosen = self._scales_of(weight), input.reshape(-1)
-        rows = weight.data.index_select(0, chosen) * (scales.index_select(0, chosen)[:, None] / 127.0)
+        rows = weight.index_select(0, chosen) * (scales.index_select(0, chosen)[:, None] / 127.0)
         return self._finished(rows.view(*input.shape, self.embedding_dim))
 
     def dequantize(self) -> Tensor:
