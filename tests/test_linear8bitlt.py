@@ -21,7 +21,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from tests.helpers import FLOAT_DTYPES, raw_bytes
 
 IN, OUT = 96, 48
-TOLERANCE = {torch.float32: 2e-2, torch.float64: 2e-2, torch.float16: 2e-2, torch.bfloat16: 2.5e-2}
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 def layer(in_features=IN, out_features=OUT, bias=True, threshold=0.0, **kwargs) -> Linear8bitLt:
@@ -40,7 +40,7 @@ def activations(*leading, features=IN, dtype=torch.float32, outliers=True) -> to
 
 
 def dense(linear: Linear8bitLt, x: torch.Tensor) -> torch.Tensor:
-    """What the layer should return but for the quantisation of x, in float64."""
+    """What the layer should return, in float64."""
     result = x.detach().double() @ linear.weight.dequantize().double().t()
     return result if linear.bias is None else result + linear.bias.detach().double()
 
@@ -577,7 +577,8 @@ def test_merging_code_may_replace_the_weight():
     merged = torch.randn(OUT, IN)
     linear.weight = Int8Params(merged, requires_grad=False, has_fp16_weights=linear.weight.has_fp16_weights).to("cpu")
     linear.state.reset_grads()
-    assert_close(linear(x) - linear.bias, x.double() @ merged.double().t())
+    expected = x @ merged.t()
+    assert (linear(x) - linear.bias - expected).norm() < 0.02 * expected.norm()
     old = linear.weight.__dict__
     assert torch.equal(Int8Params(merged, requires_grad=False, **old).to("cpu").SCB, merged.abs().amax(1))
 
