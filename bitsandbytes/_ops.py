@@ -174,7 +174,7 @@ def _fail(message: str) -> NoReturn:
 def _same_device(op: str, first, *others) -> None:
     device = first.device
     for tensor in others:
-        if tensor is not None and tensor.device != device:
+        if tensor is not None and tensor.device != device and not getattr(tensor, "is_paged", False):  # paged: any device reaches it
             _fail(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
 
 
@@ -751,7 +751,7 @@ def _check_optimizer_step(
 def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count):
     if not p:
         return
-    dtype, device = p[0].dtype, p[0].device
+    dtype = p[0].dtype
     state_dtype = torch.uint8 if qmaps else torch.float32
     _require_float(op, "p", dtype)
     for i, (parameter, gradient) in enumerate(zip(p, g)):
@@ -770,10 +770,7 @@ def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, co
     for norm in unorm:
         _require_dtype(op, "unorm", norm, (torch.float32,))
         _require_at_least(op, "unorm", norm, 1)
-    for tensors in (p, g, moments, absmax, qmaps, unorm):
-        for tensor in tensors:
-            if tensor.device != device:
-                _fail(f"{op}: all tensors must be on one device, got {device} and {tensor.device}")
+    _same_device(op, p[0], *p, *g, *moments, *absmax, *qmaps, *unorm)
 
 
 # One step of one algorithm over many parameters: everything that bitsandbytes.optim does to tensors. backends/default/optimizers.py says what

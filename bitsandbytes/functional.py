@@ -366,7 +366,9 @@ def optimizer_update_8bit_blockwise(
     )  # fmt: skip
 
 
-def optimizer_step(p: list[Tensor], g: list[Tensor], moments: list[Tensor], absmax: list[Tensor], qmaps: list[Tensor], unorm: list[Tensor], **settings):
+def optimizer_step(
+    p: list[Tensor], g: list[Tensor], moments: list[Tensor], absmax: list[Tensor], qmaps: list[Tensor], unorm: list[Tensor], **settings
+) -> None:  # fmt: skip
     """One step of many parameters in place, in one call: what the optimizers of ``bitsandbytes.optim`` do.
 
     Args:

@@ -5,12 +5,15 @@ Optimizer states live in it, so that a spike of activation memory pushes them ou
 ``page_deviceid`` is the index of the GPU that works on it.
 """
 
+from collections.abc import Iterator
 import ctypes as ct
 from math import prod
 from typing import Optional
+import weakref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from .cextension import lib
 from .devices import FIRST_CUDA_DEVICE, get_ptr
@@ -21,11 +24,28 @@ _TO_HOST = -1
 _NATIVE_SCALARS = {torch.float32: ("fp32", ct.c_float), torch.uint8: ("uint8", ct.c_uint8)}
 
 
+class WeakTensors:
+    """Tensors in the order in which they were appended, as long as somebody else keeps them."""
+
+    def __init__(self):
+        self._references: list[TensorWeakRef] = []
+
+    def append(self, tensor: Tensor) -> None:
+        self._references = [reference for reference in self._references if reference() is not None]
+        self._references.append(TensorWeakRef(tensor))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (tensor for reference in self._references if (tensor := reference()) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class GlobalPageManager:
     """Every paged tensor of the process.
 
     Attributes:
-        paged_tensors: in the order in which they were made.
+        paged_tensors: those that live, in the order in which they were made.
     """
 
     _instance: Optional["GlobalPageManager"] = None
@@ -37,7 +57,7 @@ class GlobalPageManager:
     def get_instance(cls) -> "GlobalPageManager":
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
-            cls._instance.paged_tensors = []
+            cls._instance.paged_tensors = WeakTensors()
         return cls._instance
 
     def prefetch_all(self, to_cpu: bool = False) -> None:
@@ -45,12 +65,12 @@ class GlobalPageManager:
 
         The newest goes first: what moves last is the least likely to be evicted again, and an optimizer starts with the oldest.
         """
-        for tensor in reversed(self.paged_tensors):
+        for tensor in reversed(list(self.paged_tensors)):
             prefetch_tensor(tensor, to_cpu)
 
 
 def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = FIRST_CUDA_DEVICE) -> Tensor:
-    """Allocates an uninitialised paged tensor. Its memory is never given back.
+    """Allocates an uninitialised paged tensor. Its memory is given back when the last tensor over it is gone.
 
     Args:
         shape: the sizes, at least one element in all.
@@ -69,10 +89,20 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     if not address:
         raise RuntimeError(f"could not allocate {nbytes} bytes of managed memory. Use an optimizer that is not paged, or a smaller model.")
     memory = (ct.c_uint8 * nbytes).from_address(address)
+    weakref.finalize(memory, lib.cfree_managed_ptr, ct.c_void_p(address)).atexit = False  # torch keeps it as long as the storage lives
     tensor = torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
     tensor.is_paged = True
     tensor.page_deviceid = device.index
     return tensor
+
+
+def paged_rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a tensor, which are paged if it is."""
+    rows = tensor.unbind()
+    if _is_paged(tensor):
+        for row in rows:
+            row.is_paged, row.page_deviceid = True, tensor.page_deviceid
+    return rows
 
 
 def _is_paged(tensor: Optional[Tensor]) -> bool:

@@ -271,6 +271,20 @@ def calls_of_optimizer_update_8bit_blockwise():
             yield (name, g, p, s1, s2, 0.9, 0.99, 0.999, 2.0, 1e-8, 1, 1e-3, q1, q2, a1, a2, 0.01, 1.0), {"skip_zeros": False}
 
 
+def calls_of_optimizer_step():
+    moments = {"adam": 2, "lamb": 2, "ademamix": 3, "momentum": 1, "lars": 1, "lion": 1, "rmsprop": 2, "adagrad": 1}  # rmsprop: with momentum
+    for name, count in moments.items():
+        for bits in (32, 8):
+            sizes = (300, 7)
+            p, g = ([bell(n, seed).to(torch.bfloat16) for n in sizes] for seed in (1, 2))
+            states = [torch.zeros(n, dtype=torch.float32 if bits == 32 else torch.uint8) for n in sizes for _ in range(count)]
+            absmax = [torch.zeros(-(-n // 256)) for n in sizes for _ in range(count)] if bits == 8 else []
+            qmaps = [F.create_dynamic_map()] * count if bits == 8 else []
+            norms = [torch.zeros(1) for _ in sizes]
+            scalars = (name, 2, 1e-3, 0.9, 0.99, 0.999, 2.0, 1e-8, 0.01)
+            yield (p, g, states, absmax, qmaps, norms, *scalars), {"max_unorm": 0.5, "seeds": [1, 2]}
+
+
 CALLS = {name.removeprefix("calls_of_"): make for name, make in list(globals().items()) if name.startswith("calls_of_")}
 CALLS |= {
     name: lambda base=name.removesuffix(".out"): out_calls(CALLS[base], overload(base)) for name in DECLARED if name.endswith(".out")

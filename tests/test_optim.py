@@ -13,7 +13,8 @@ from helpers import assert_same_bits, bell, grid
 
 ADAM = "lr=0.001 betas=(0.9,0.999) eps=1e-08 weight_decay={} amsgrad=False optim_bits=32 args=None min_8bit_size=4096 is_paged=False"
 ADEMAMIX = (
-    "lr=0.001 betas=(0.9,0.999,0.9999) alpha=5.0 t_alpha=None t_beta3=None eps=1e-08 weight_decay=0.01 optim_bits=32 min_8bit_size=4096 is_paged=False"
+    "lr=0.001 betas=(0.9,0.999,0.9999) alpha=5.0 t_alpha=None t_beta3=None eps=1e-08 weight_decay=0.01 optim_bits=32 min_8bit_size=4096"
+    " is_paged=False"
 )
 LION = "lr=0.0001 betas=(0.9,0.99) weight_decay=0 optim_bits=32 args=None min_8bit_size=4096 is_paged=False"
 SGD = "lr momentum=0 dampening=0 weight_decay=0 nesterov=False optim_bits=32 args=None min_8bit_size=4096"
@@ -100,8 +101,13 @@ def test_published_bases(name):
         "PagedAdEMAMix32bit": optim.AdEMAMix32bit,
     }.get(name, base)  # fmt: skip
     assert cls.__bases__ == (expected,) and issubclass(cls, optim.optimizer.Optimizer8bit)
-    assert cls.__name__ == cls.__qualname__ == name and cls.__doc__
+    assert cls.__name__ == cls.__qualname__ == name
     assert make(name, [parameter()]).is_paged is paged
+
+
+@grid(name=CLASSES)
+def test_every_class_says_what_it_is(name):
+    assert getattr(optim, name).__doc__
 
 
 @grid(name=CLASSES)
@@ -214,7 +220,9 @@ def test_names_of_the_package():
 class Legacy(optim.optimizer.Optimizer2State):
     """As optimizers were written for older versions: 11 arguments by position, percentile_clipping and block_wise among them."""
 
-    def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, optim_bits=32, args=None, min_8bit_size=4096, clip=100, block=True):
+    def __init__(
+        self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, optim_bits=32, args=None, min_8bit_size=4096, clip=100, block=True
+    ):  # fmt: skip
         super().__init__("adam", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, clip, block, is_paged=False)
 
 

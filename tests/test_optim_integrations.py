@@ -21,7 +21,8 @@ NAMES = {
     "adamw_bnb_8bit": (optim.AdamW, 8), "adamw_8bit": (optim.AdamW, 8), "paged_adamw_32bit": (optim.AdamW, 32), "paged_adamw_8bit": (optim.AdamW, 8),
     "ademamix": (optim.AdEMAMix, 32), "ademamix_8bit": (optim.AdEMAMix, 8), "paged_ademamix_32bit": (optim.AdEMAMix, 32),
     "paged_ademamix_8bit": (optim.AdEMAMix, 8), "lion_32bit": (optim.Lion, 32), "lion_8bit": (optim.Lion, 8), "paged_lion_32bit": (optim.Lion, 32),
-    "paged_lion_8bit": (optim.Lion, 8), "rmsprop_bnb": (optim.RMSprop, 32), "rmsprop_bnb_8bit": (optim.RMSprop, 8), "rmsprop_bnb_32bit": (optim.RMSprop, 32),
+    "paged_lion_8bit": (optim.Lion, 8), "rmsprop_bnb": (optim.RMSprop, 32),
+    "rmsprop_bnb_8bit": (optim.RMSprop, 8), "rmsprop_bnb_32bit": (optim.RMSprop, 32),
 }  # fmt: skip
 
 ROWS = [{"ids": (torch.arange(8) * (i + 3)) % 80, "labels": torch.tensor(float(i % 5))} for i in range(16)]

@@ -145,8 +145,11 @@ def broken(key, value):
 
 
 @grid(
-    change=[broken("absmax1", None), broken("absmax1", torch.zeros(3)), broken("state1", torch.zeros(7, dtype=torch.uint8)), broken("state2", torch.zeros(9))]
-)
+    change=[
+        broken("absmax1", None), broken("absmax1", torch.zeros(3)), broken("state1", torch.zeros(7, dtype=torch.uint8)),
+        broken("state2", torch.zeros(9)),
+    ]
+)  # fmt: skip
 def test_states_that_do_not_fit_are_refused_and_nothing_is_changed(change):
     model = build()
     optimizer, new = optim.AdamW8bit(model.parameters()), optim.AdamW8bit(model.parameters())
@@ -214,7 +217,8 @@ def state_in_float(state):
         return state["state1"]
     rows = state["state1"].view(-1, 80, 64)
     absmax = state["absmax1"].view(len(rows), -1)
-    return torch.stack([F.dequantize_blockwise(r, absmax=a, code=state["qmap1"], blocksize=256) for r, a in zip(rows, absmax)]).view_as(state["state1"])
+    values = [F.dequantize_blockwise(r, absmax=a, code=state["qmap1"], blocksize=256) for r, a in zip(rows, absmax)]
+    return torch.stack(values).view_as(state["state1"])
 
 
 T = torch.optim
@@ -301,7 +305,10 @@ def test_learning_rate_schedulers_work():
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory layout
-@given(maker=st.sampled_from(["AdamW", "AdamW8bit", "AdEMAMix8bit", "LAMB8bit", "SGD nesterov"]), layout=st.sampled_from(["channels_last", "view", "transposed"]))
+@given(
+    maker=st.sampled_from(["AdamW", "AdamW8bit", "AdEMAMix8bit", "LAMB8bit", "SGD nesterov"]),
+    layout=st.sampled_from(["channels_last", "view", "transposed"]),
+)
 def test_memory_layout_and_aliases_of_parameters_stay(maker, layout):
     values = bell(16 * 24 * 5 * 5).view(16, 24, 5, 5)
     if layout == "channels_last":

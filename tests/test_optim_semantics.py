@@ -280,7 +280,9 @@ def test_a_seed_has_32_bits(seed):
 
 
 @given(
-    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), dtype=st.sampled_from([torch.bfloat16, torch.float16]), seed=st.integers(0, 2**32 - 1)
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**32 - 1),
 )
 def test_rounding_goes_to_a_neighbour_and_keeps_what_fits(bits, dtype, seed):
     value = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)

@@ -173,9 +173,10 @@ def scenario_columns(name, folder):
     return p.full_tensor().detach(), copy.full_tensor().detach()
 
 
+RELOADED = ("AdamW", "AdamW8bit", "AdEMAMix8bit", "RMSprop8bit")
 SCENARIOS = [
     *((scenario_train, name) for name in OPTIMIZERS),
-    *((scenario, name) for scenario in (scenario_sharded, scenario_full, scenario_flat) for name in ("AdamW", "AdamW8bit", "AdEMAMix8bit", "RMSprop8bit")),
+    *((reload, name) for reload in (scenario_sharded, scenario_full, scenario_flat) for name in RELOADED),
     *((scenario_save, name) for name in ("AdamW", "AdamW8bit", "AdEMAMix8bit")),
     *((scenario_fsdp1, name) for name in ("AdamW", "AdamW8bit", "AdEMAMix8bit")),
     (scenario_columns, "AdamW8bit"),
@@ -235,7 +236,7 @@ def test_sharded_training_is_training(results, name):
             torch.testing.assert_close(sharded, alone, rtol=0.05, atol=5e-3)
 
 
-@grid(how=["sharded", "full", "flat"], name=["AdamW", "AdamW8bit", "AdEMAMix8bit", "RMSprop8bit"])
+@grid(how=["sharded", "full", "flat"], name=RELOADED)
 def test_training_resumes_from_a_distributed_state_dict(results, how, name):
     through, resumed = results(how, name)
     for a, b in zip(through, resumed):

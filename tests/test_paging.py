@@ -15,11 +15,14 @@ class HostLibrary(dict):
 
     def __init__(self):
         super().__init__(cfill_fp32=self.fill(ctypes.c_float), cfill_uint8=self.fill(ctypes.c_uint8), c_mul_fp32=self.mul)
-        self.buffers, self.prefetched = [], []
+        self.buffers, self.prefetched, self.freed = [], [], []
 
     def cget_managed_ptr(self, size):
         self.buffers.append(ctypes.create_string_buffer(size.value))
         return ctypes.addressof(self.buffers[-1])
+
+    def cfree_managed_ptr(self, address):
+        self.freed.append(address.value)
 
     def cprefetch(self, address, size, device):
         self.prefetched.append((address.value, size.value, device.value))
@@ -55,6 +58,24 @@ def test_paged_tensor_is_a_cpu_tensor_over_managed_memory(library, dtype):
     F.fill(tensor, 7)
     assert (tensor == 7).all()
     assert library.prefetched == [(tensor.data_ptr(), tensor.nbytes, 1)]
+
+
+def test_memory_is_given_back_with_the_last_tensor_over_it(library):
+    manager = F.GlobalPageManager.get_instance()
+    tensor = F.get_paged(4, 8)
+    manager.paged_tensors.append(tensor)
+    view, address = tensor[1], tensor.data_ptr()
+    before = len(manager.paged_tensors)
+    del tensor
+    assert library.freed == [] and len(manager.paged_tensors) == before - 1
+    del view
+    assert library.freed == [address]
+
+
+def test_rows_of_a_paged_tensor_are_paged(library):
+    rows = paging.paged_rows(F.get_paged(2, 3, device=torch.device("cuda", 1)))
+    assert [(row.is_paged, row.page_deviceid, row.shape) for row in rows] == [(True, 1, (3,))] * 2
+    assert not any(hasattr(row, "is_paged") for row in paging.paged_rows(torch.zeros(2, 3)))
 
 
 def test_prefetching_goes_to_the_device_or_the_host(library):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .. import functional as F
+from ..paging import paged_rows
 from .algorithms import Moment, moments_of, scalars
 from .sharding import is_dtensor, limited_learning_rate, local_gradient
 
@@ -37,7 +38,7 @@ class _Call:
             if moment.rows == 1:
                 self.moments.append(state[key])
             else:
-                self.moments.extend(state[key])
+                self.moments.extend(paged_rows(state[key]))
             if in_8bit:
                 self.absmax.extend(state[absmax] if moment.rows > 1 else (state[absmax],))
         if in_8bit and not self.qmaps:

@@ -133,8 +133,11 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         """Zeros like ``p``, in managed memory where the optimizer is paged and they are many."""
         return self._zeros(p, p.shape, dtype)
 
+    def _is_paged(self, p: torch.Tensor) -> bool:
+        return self.is_paged and p.numel() >= MIN_PAGED_SIZE
+
     def _zeros(self, p: torch.Tensor, shape, dtype: torch.dtype) -> torch.Tensor:
-        if not self.is_paged or p.numel() < MIN_PAGED_SIZE:
+        if not self._is_paged(p):
             return torch.zeros(shape, dtype=dtype, device=p.device)
         if p.device.type == "cpu":
             if not self._warned_unpaged:

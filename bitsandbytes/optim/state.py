@@ -1,8 +1,8 @@
 """Optimizer state on its way to and from checkpoints.
 
 Three forms are written. An ordinary parameter's state is that of the published library: the moments and what belongs to them in a dictionary of
-its own under ``__bnb_optimizer_quant_state__``, beside ``step``. For DTensor parameters, and for torch's distributed checkpoints, which want to
-see every tensor, it is one dictionary of tensors that are laid out as the parameter is, see sharding.py. For FSDP1, which can gather only what
+its own under ``__bnb_optimizer_quant_state__``, beside ``step``. For DTensor parameters, and for torch's distributed checkpoints, which want
+to see every tensor, it is one dictionary of tensors that are laid out as the parameter is, see sharding.py. For FSDP1, which can gather only what
 has the size of the parameter, the moments are in float32.
 
 All of these are read, and checkpoints of torch.optim for the same algorithm.
@@ -15,7 +15,17 @@ from typing import Any
 import torch
 
 from .algorithms import MOMENTS, STATE_KEYS, Moment, betas_from_torch, moments_of
-from .sharding import absmax_by_granules, blocks_from_granules, dequantised, is_dtensor, is_fsdp1_shard, like_parameter, local, part_of_moment, quantised
+from .sharding import (
+    absmax_by_granules,
+    blocks_from_granules,
+    dequantised,
+    is_dtensor,
+    is_fsdp1_shard,
+    like_parameter,
+    local,
+    part_of_moment,
+    quantised,
+)
 
 # What torch.optim writes into parameter groups and has no meaning here.
 _FOREIGN_SETTINGS = {"foreach", "capturable", "differentiable", "fused", "momentum", "dampening"}
@@ -163,7 +173,13 @@ class CheckpointedState:
             self._fit(state, moment, local(p))
         if from_torch or convert or is_fsdp1_shard(p):
             self._convert(state, p, config)
+        for moment in self._moments_in(state):
+            state[moment.keys[0]] = self._paged_again(local(p), state[moment.keys[0]])
         return state
+
+    def _paged_again(self, part: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """A moment in managed memory, if that is where a new one would be."""
+        return value if part.is_cpu or not self._is_paged(part) else self._zeros(part, value.shape, value.dtype).copy_(value)
 
     def _rename_from_torch(self, saved: dict[str, Any]) -> bool:
         """Gives the moments of a torch.optim state our names. Returns whether there were any."""
