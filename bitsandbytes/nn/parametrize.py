@@ -5,8 +5,8 @@ parametrisation's ``original``; in a state dict they stand under the parameter's
 ``Linear4bit`` do. The module moves, casts, copies and pickles as before, and ``torch.nn.utils.parametrize.remove_parametrizations`` gives the
 plain parameter back.
 
-The dense weight is short-lived. Within a forward pass of its module it is computed once a thread; for a backward pass autograd keeps a note
-how to compute the part that it needs again, instead of the values.
+The dense weight is short-lived. Within a forward pass of its module it is computed once a thread; for a backward pass it is computed again where
+it is needed, see recomputed.py.
 """
 
 import copy
@@ -22,9 +22,7 @@ from .. import functional
 from .._ops import FLOATS
 from ..quant_state import QuantState
 from . import checkpoint
-from .pieces import dequantize_between
-
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+from .recomputed import Source, functorch_level, recomputed
 
 
 class Bnb4bitParametrization(nn.Module):
@@ -40,13 +38,13 @@ class Bnb4bitParametrization(nn.Module):
 
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         """Dequantises: codes to a tensor of ``quant_state.shape`` and ``.dtype`` that does not require a gradient."""
-        if torch.compiler.is_compiling() or _functorch_level() is not None:  # these keep books of their own
+        if torch.compiler.is_compiling() or functorch_level() is not None:  # these keep books of their own
             return self._dequantised(packed)
         running = _running.passes.get(self, _Pass())
         if running.source is None or running.source.state is not self.quant_state:
             running.dense = self._dequantised(packed)
-            running.source = _Source(running.dense, packed, self.quant_state)
-        return _watching(running.dense, running.source) if torch.is_grad_enabled() else running.dense
+            running.source = Source(running.dense, packed, self.quant_state)
+        return recomputed(running.dense, running.source) if torch.is_grad_enabled() else running.dense
 
     def _dequantised(self, packed: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -210,84 +208,6 @@ def _disable_parametrization_cache(module: nn.Module, inputs: tuple, output: Any
                 del _running.passes[parametrization]
     if parametrize._cache_enabled <= 0:  # PyTorch's own cache, which has no owner here
         parametrize._cache_enabled, parametrize._cache = 0, {}
-
-
-# ---------------------------------------------------------------------------------------------------- nothing dense kept for backward
-
-
-class _Watched(torch.Tensor):
-    """A dense weight, or a view of it, whose values autograd does not keep."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        sources = [value._source for value in (*args, *kwargs.values()) if isinstance(value, _Watched)]
-        with torch._C.DisableTorchFunctionSubclass():
-            if not sources or _functorch_level() is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
-                return func(*args, **kwargs)
-            with torch.autograd.graph.saved_tensors_hooks(partial(_note, sources), _recalled):
-                result = func(*args, **kwargs)
-        return _watch_views(result, sources)
-
-    def _plain(self) -> torch.Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(torch.Tensor)
-
-    def __deepcopy__(self, memo):
-        return copy.deepcopy(self._plain(), memo)
-
-    def __reduce_ex__(self, protocol):
-        return self._plain().__reduce_ex__(protocol)
-
-
-class _Source:
-    """Where a dense weight comes from."""
-
-    def __init__(self, dense: torch.Tensor, packed: torch.Tensor, state: QuantState):
-        self.packed, self.state = packed, state
-        self.storage = dense.untyped_storage().data_ptr()
-        self.version = _version(dense), _version(packed)
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is a view of the dense weight that nobody has written to."""
-        return tensor.dtype == self.state.dtype and tensor.untyped_storage().data_ptr() == self.storage and _version(tensor) == self.version[0]
-
-    def view(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> torch.Tensor:
-        """A view of the dense weight, dequantised again; only the blocks that it touches are."""
-        if _version(self.packed) != self.version[1]:
-            raise RuntimeError("a 4-bit parameter that a backward pass needs has been modified since the forward pass")
-        extent = sum((n - 1) * step for n, step in zip(size, stride)) + 1 if size.numel() else 0
-        values = dequantize_between(self.packed, self.state, offset, offset + extent)
-        return values.as_strided(size, stride, values.storage_offset())
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _watching(tensor: torch.Tensor, source: _Source) -> torch.Tensor:
-    tensor = tensor.as_subclass(_Watched)
-    tensor._source = source
-    return tensor
-
-
-def _watch_views(result, sources: list[_Source]):
-    if isinstance(result, (tuple, list)):
-        return type(result)(_watch_views(item, sources) for item in result) if type(result) in (tuple, list) else result
-    if type(result) is torch.Tensor and result.layout is torch.strided and not result.requires_grad:
-        source = next((source for source in sources if source.holds(result)), None)
-        return result if source is None else _watching(result, source)
-    return result
-
-
-def _note(sources: list[_Source], tensor: torch.Tensor):
-    """What autograd keeps of a tensor: itself, or where it comes from."""
-    source = next((source for source in sources if source.holds(tensor)), None)
-    return tensor if source is None else partial(source.view, tensor.size(), tensor.stride(), tensor.storage_offset())
-
-
-def _recalled(kept) -> torch.Tensor:
-    return kept if isinstance(kept, torch.Tensor) else kept()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ state dict
