@@ -62,6 +62,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.initialized = False
         self.is_paged = is_paged
+        self._warned_unpaged = False
         self.optimizer_name = None
         self.args = MockArgs({**_ARGS, "optim_bits": optim_bits})
         self.options = dict(OPTIONS)
@@ -74,7 +75,6 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         self.mng = GlobalOptimManager.get_instance()
         self.page_mng = F.GlobalPageManager.get_instance()
         self._overrides, self._overrides_version = {}, None
-        self._warned_unpaged = False
 
     def _configure(self, optimizer_name, args, optim_bits, min_8bit_size, max_unorm, skip_zeros, options) -> None:
         unknown = options.keys() - OPTIONS.keys()

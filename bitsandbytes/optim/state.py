@@ -30,14 +30,16 @@ from .sharding import (
 # What torch.optim writes into parameter groups and has no meaning here.
 _FOREIGN_SETTINGS = {"foreach", "capturable", "differentiable", "fused", "momentum", "dampening"}
 
-_RUNTIME_ATTRIBUTES = {"mng", "page_mng", "_overrides", "_overrides_version", "_warned_unpaged"}
+_RUNTIME_ATTRIBUTES = {"mng", "page_mng", "_overrides", "_overrides_version"}
+
+_DISTRIBUTED_CHECKPOINTS = ("torch.distributed.checkpoint.", "torch.distributed.fsdp.")
 
 
 def _asked_by_torch_distributed() -> bool:
     """Whether ``state_dict`` was called for a distributed checkpoint. Those flatten every dictionary and cannot put an inner one back."""
     frame = sys._getframe(2)
     for _ in range(3):  # a wrapper, such as a subclass or accelerate's optimizer, may be in between
-        if frame is not None and frame.f_globals.get("__name__", "").startswith("torch.distributed."):
+        if frame is not None and frame.f_globals.get("__name__", "").startswith(_DISTRIBUTED_CHECKPOINTS):
             return True
         frame = frame and frame.f_back
     return False
