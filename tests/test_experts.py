@@ -73,6 +73,13 @@ def test_each_row_meets_the_matrix_of_its_expert(nested, bias, dtype, width):
     assert torch.allclose(result.double(), reference(layer, x, experts), atol=1e-4 if dtype == torch.float32 else 0.3)
 
 
+def test_rows_in_the_order_of_their_experts_come_with_counts():
+    layer, x = make(), torch.randn(5, IN)
+    assert_same_bits(layer(x, [2, 0, 3]), layer(x, torch.tensor([0, 0, 2, 2, 2])))
+    with pytest.raises(RuntimeError, match="5"):
+        layer(x, [2, 2])
+
+
 def test_no_rows_at_all():
     layer, x = make(bias=True), torch.empty(0, IN, requires_grad=True)
     result = layer(x, torch.empty(0, dtype=torch.int64))
@@ -278,6 +285,18 @@ def test_stacks_of_other_expert_modules_are_parametrised():
     assert quantize_experts(model) == ["0"]
     error = (model(x) - expected).norm() / expected.norm()
     assert 0 < error < 0.2 and "0.stack.absmax" in model.state_dict()
+
+
+def test_offloaded_experts_are_refused_and_quantised_ones_can_be_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = accelerate.cpu_offload(model_of("olmoe"), execution_device="cpu")
+    with pytest.raises(RuntimeError, match="model.layers.0.mlp.experts"):
+        quantize_experts(offloaded)
+    model = model_of("olmoe")
+    quantize_experts(model)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert_same_bits(accelerate.cpu_offload(model, execution_device="cpu")(IDS).logits, expected)
 
 
 def load_4bit(path):

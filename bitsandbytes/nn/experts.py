@@ -81,12 +81,13 @@ class Experts4bit(Holds4bitWeight, nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, experts: Tensor | list[int]) -> Tensor:
         """Multiplies each row with the matrix of its expert.
 
         Args:
             x: [..., in_features]; float16, bfloat16 or float32.
-            experts: which expert, int32 or int64, [...].
+            experts: which expert, int32 or int64, [...]. Or, for x of shape [rows, in_features] that has the rows of expert 0 first, then those of
+                expert 1, and so on: how many each has, as a list.
 
         Returns:
             [..., out_features], dtype of x. Differentiable in x and the bias.
@@ -94,22 +95,15 @@ class Experts4bit(Holds4bitWeight, nn.Module):
         Raises:
             IndexError: an expert that there is not.
         """
+        if isinstance(experts, list):
+            return self._grouped(x, experts)
         order, counts = by_expert(experts.reshape(-1), self.num_experts)
-        if len(counts) > self.num_experts:
-            raise IndexError(f"there are {self.num_experts} experts, got index {len(counts) - 1}")
-        result = self.grouped(x.reshape(-1, self.in_features)[order], counts)
+        result = self._grouped(x.reshape(-1, self.in_features)[order], counts)
         return result[order.argsort()].view(*x.shape[:-1], self.out_features)
 
-    def grouped(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """The same for rows that are in the order of their experts.
-
-        Args:
-            rows: [sum of counts, in_features].
-            counts: how many belong to expert 0, 1, ...
-
-        Returns:
-            [sum of counts, out_features].
-        """
+    def _grouped(self, rows: Tensor, counts: list[int]) -> Tensor:
+        if len(counts) > self.num_experts:
+            raise IndexError(f"there are {self.num_experts} experts, got index {len(counts) - 1}")
         multiply = self._product()
         products = [multiply(chunk, expert) for expert, chunk in enumerate(rows.split(counts)) if len(chunk)]
         return torch.cat(products or [multiply(rows, 0)])
@@ -194,8 +188,8 @@ class FusedExperts4bit(nn.Module):
         order, counts = by_expert(top_k_index.reshape(-1), self.num_experts)
         counts = counts[: self.num_experts]
         order = order[: sum(counts)]
-        rows = self._apply_gate(self._modules[self.up_name].grouped(hidden_states[order // k], counts))
-        rows = self.down_proj.grouped(rows, counts)
+        rows = self._apply_gate(self._modules[self.up_name](hidden_states[order // k], counts))
+        rows = self.down_proj(rows, counts)
         if getattr(self, "has_post_expert_norm", False):
             rows = self.post_expert_norm(rows)
         rows = rows * top_k_weights.reshape(-1)[order, None]
@@ -236,6 +230,10 @@ def quantize_experts(
 
     Returns:
         The names of the modules whose experts are now in 4 bit.
+
+    Raises:
+        ValueError: matrices whose number of elements is not a multiple of 32.
+        RuntimeError: experts whose values accelerate has put elsewhere.
     """
     recipe = {"quant_type": quant_type, "compress_statistics": compress_statistics, "blocksize": blocksize}
     skip, quantised = set(skip), []
@@ -250,10 +248,13 @@ def _quantise(model: nn.Module, parent: str, name: str, recipe: dict) -> bool:
     """Quantises one module if it holds experts; whether it does."""
     holder = model.get_submodule(parent)
     module = holder.get_submodule(name)
-    if name and _follows_interface(module):
+    fused, stacks = bool(name) and _follows_interface(module), _other_stacks(module)
+    if (fused or stacks) and hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        full_name = f"{parent}.{name}" if parent else name
+        raise RuntimeError(f"the weights of {full_name!r} are offloaded; quantise the experts before the model is dispatched or offloaded")
+    if fused:
         holder.add_module(name, FusedExperts4bit(module, **recipe))
         return True
-    stacks = _other_stacks(module)
     for stack in stacks:
         replace_parameter_4bit(module, stack, **recipe)
     return bool(stacks)
