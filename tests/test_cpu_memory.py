@@ -1,7 +1,8 @@
-"""Large results of the CPU kernels use memory again: never while somebody can still see it, and not too much of it."""
+"""Large results of the CPU kernels: they use memory again, never while somebody can still see it and not too much of it, and are written past the caches."""
 
 import gc
 
+from native_cpu import DTYPES, lib, library  # noqa: F401
 import pytest
 import torch
 
@@ -80,3 +81,32 @@ def test_dequantised_weights_are_right_each_time():
             assert torch.equal(F.dequantize_4bit(*pair), expected)
     for weight, result in zip(weights, kept):
         assert (weight - result).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "fp16", "bf16"])
+def test_large_results_are_the_same_numbers_as_small_ones(lib, dtype, offset):
+    """Beyond the size of the caches results are written past them, if their vectors are aligned."""
+    blocksize, small = 64, 64 * 1024
+    n = (40 << 20) // dtype.itemsize + 40  # a short last block too
+    blocks = -(-n // blocksize)
+    codes, absmax = torch.randint(0, 256, (n,), dtype=torch.uint8), torch.rand(blocks)
+    code = torch.linspace(-1, 1, 256)
+    out = torch.zeros(n + 64 + offset, dtype=dtype)
+    start = (-out.data_ptr() // dtype.itemsize) % (64 // dtype.itemsize) + offset
+    out = out[start : start + n]
+
+    def four_bit(first, count, into):
+        address = codes.data_ptr() + first // 2, absmax.data_ptr() + first // blocksize * 4
+        return lib.bnb_cpu_dequantize_4bit(*address, count, blocksize, 2, DTYPES[dtype], into.data_ptr(), 2)
+
+    def eight_bit(first, count, into):
+        address = codes.data_ptr() + first, absmax.data_ptr() + first // blocksize * 4
+        return lib.bnb_cpu_dequantize_blockwise(code.data_ptr(), *address, count, blocksize, DTYPES[dtype], into.data_ptr(), 2)
+
+    for dequantize in (four_bit, eight_bit):
+        assert dequantize(0, n, out) == 0
+        for first in (0, n // 2 // small * small, n // small * small):
+            piece = torch.empty(min(small, n - first), dtype=dtype)
+            assert dequantize(first, piece.numel(), piece) == 0
+            assert torch.equal(out[first : first + piece.numel()], piece)

@@ -1,6 +1,7 @@
 // Dequantisation: y[i] = fl(level[code[i]] * absmax[i / blocksize]) in fp32, rounded once to the output type.
 //
-// Reads half a byte (4 bit) or a byte (8 bit) an element and writes 2 or 4; the levels stay in registers where the set has room for them.
+// Reads half a byte (4 bit) or a byte (8 bit) an element and writes 2 or 4; the levels stay in registers where the set has room for them. Results
+// larger than the caches are written past them: storing there would first fetch the lines that it overwrites.
 #include "blocks.h"
 #include "kernels.h"
 
@@ -8,7 +9,22 @@ namespace bnb {
 namespace BNB_ISA {
 namespace {
 
-template <typename T> void dequantize_blocks_4bit(const DequantizeArgs4bit& args, int64_t first, int64_t last) {
+constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
+
+// Whether every whole vector of every block of a result may be streamed.
+template <typename T> bool is_streamable(const void* output, int64_t n, int64_t blocksize) {
+    constexpr int64_t vector = W * int64_t(sizeof(T));
+    return n * int64_t(sizeof(T)) >= kLargerThanCaches && blocksize % W == 0 && reinterpret_cast<uintptr_t>(output) % vector == 0;
+}
+
+template <bool kStreams, typename T> BNB_INLINE void put(T* p, F32 v) {
+    if (kStreams)
+        stream(p, v);
+    else
+        store(p, v);
+}
+
+template <bool kStreams, typename T> void dequantize_blocks_4bit(const DequantizeArgs4bit& args, int64_t first, int64_t last) {
     const float* levels = (args.quant_type == kNF4 ? kNF4Levels : kFP4Levels).value;
     const Table16 table = load_table16(levels);
     T* y = static_cast<T*>(args.output);
@@ -24,12 +40,12 @@ template <typename T> void dequantize_blocks_4bit(const DequantizeArgs4bit& args
         if (i & 1) // odd block sizes: the first element is in the low nibble
             put_until(i + 1);
         for (; i + W <= range.end; i += W)
-            store(y + i, mul(lookup16(table, load_nibbles(args.input + i / 2)), scale));
+            put<kStreams>(y + i, mul(lookup16(table, load_nibbles(args.input + i / 2)), scale));
         put_until(range.end);
     }
 }
 
-template <typename T> void dequantize_blocks_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last) {
+template <bool kStreams, typename T> void dequantize_blocks_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last) {
     const Table256 table = load_table256(args.code);
     for (int64_t block = first; block < last; ++block) {
         const Range range = elements_of_block(block, args.blocksize, args.n);
@@ -40,20 +56,35 @@ template <typename T> void dequantize_blocks_blockwise(const DequantizeArgsBlock
         const F32 scale = splat(absmax);
         int64_t i = 0;
         for (; i + W <= count; i += W)
-            store(y + i, mul(lookup256(table, codes + i), scale));
+            put<kStreams>(y + i, mul(lookup256(table, codes + i), scale));
         for (; i < count; ++i)
             y[i] = from_float<T>(args.code[codes[i]] * absmax);
     }
 }
 
+template <typename Args, typename Plain, typename Streaming>
+void run(const Args& args, bool streams, Plain plain, Streaming streaming, int64_t first, int64_t last) {
+    if (!streams)
+        return plain(args, first, last);
+    streaming(args, first, last);
+    finish_streams();
+}
+
 } // namespace
 
 void dequantize_4bit(const DequantizeArgs4bit& args, int64_t first, int64_t last) {
-    with_element_type(args.dtype, [&](auto* element) { dequantize_blocks_4bit<std::remove_pointer_t<decltype(element)>>(args, first, last); });
+    with_element_type(args.dtype, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        run(args, is_streamable<T>(args.output, args.n, args.blocksize), dequantize_blocks_4bit<false, T>, dequantize_blocks_4bit<true, T>, first, last);
+    });
 }
 
 void dequantize_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last) {
-    with_element_type(args.dtype, [&](auto* element) { dequantize_blocks_blockwise<std::remove_pointer_t<decltype(element)>>(args, first, last); });
+    with_element_type(args.dtype, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        run(args, is_streamable<T>(args.output, args.n, args.blocksize), dequantize_blocks_blockwise<false, T>, dequantize_blocks_blockwise<true, T>,
+            first, last);
+    });
 }
 
 } // namespace BNB_ISA

@@ -4,6 +4,8 @@
 //   F32, I32, Mask                  W floats, W 32-bit integers, W truth values
 //   splat(f), splat_bits(i)         the same value in every lane
 //   load(p), store(p, v)            W elements of float, Half or BFloat16; conversion rounds to nearest even, denormals and NaN kept
+//   stream(p, v)                    store past the caches, for large results that nobody reads soon; p is a multiple of W elements. Other threads see
+//                                   it after finish_streams()
 //   load_first(p, n), store_first   the same for the first n lanes only, 0 <= n < W; other lanes read as 0, memory beyond is not touched
 //   add sub mul min max             as the names say; min(a, b) and max(a, b) return b where a is NaN
 //   mul_add(a, b, c)                a * b + c, rounded once where the set can fuse and twice otherwise: not for results that must be exact
@@ -33,8 +35,8 @@
 //                                   repeat the last row, words from `columns` on (1 <= columns <= W) are 0 and not read
 //   Dot weights and activations     kDotLanes 8-bit integers to be multiplied in pairs: load_dot_weights(p), load_first_dot_weights(p, n) with 0 for
 //                                   the rest, 0 < n < kDotLanes; load_dot_activations(p) of kDotLanes DotActivations, a type that holds int8
-//   dot(w, x, sum)                  adds the kDotLanes products to a DotSum, modulo 2^32; it starts as no_dots() and ends as lanes_of(sum). Weights count
-//                                   kDotOffset more than they are
+//   dot(w, x, sum)                  adds the kDotLanes products to a DotSum, modulo 2^32; it starts as no_dots() and ends as lanes_of(sum). Weights
+//                                   count kDotOffset more than they are
 #pragma once
 
 #include "../common/types.h"

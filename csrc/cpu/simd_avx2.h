@@ -56,6 +56,8 @@ BNB_INLINE __m128i narrow(const BFloat16*, F32 a) {
 BNB_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 BNB_INLINE F32 load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
 BNB_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+BNB_INLINE void stream(float* p, F32 a) { _mm256_stream_ps(p, a.v); }
+BNB_INLINE void finish_streams() { _mm_sfence(); }
 BNB_INLINE void store_first(float* p, F32 a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
 
 template <typename T> BNB_INLINE F32 load(const T* p) { return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -68,6 +70,7 @@ template <typename T> BNB_INLINE F32 load_first(const T* p, int n) {
 }
 
 template <typename T> BNB_INLINE void store(T* p, F32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, a)); }
+template <typename T> BNB_INLINE void stream(T* p, F32 a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, a)); }
 
 template <typename T> BNB_INLINE void store_first(T* p, F32 a, int n) {
     alignas(16) T copy[W];

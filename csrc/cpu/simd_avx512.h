@@ -61,6 +61,10 @@ BNB_INLINE F32 load_first(const BFloat16* p, int n) { return widen_bfloat16(_mm2
 BNB_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 BNB_INLINE void store(Half* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_half(a)); }
 BNB_INLINE void store(BFloat16* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(a)); }
+BNB_INLINE void stream(float* p, F32 a) { _mm512_stream_ps(p, a.v); }
+BNB_INLINE void stream(Half* p, F32 a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_half(a)); }
+BNB_INLINE void stream(BFloat16* p, F32 a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(a)); }
+BNB_INLINE void finish_streams() { _mm_sfence(); }
 BNB_INLINE void store_first(float* p, F32 a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 BNB_INLINE void store_first(Half* p, F32 a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_half(a)); }
 BNB_INLINE void store_first(BFloat16* p, F32 a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bfloat16(a)); }
@@ -197,7 +201,8 @@ struct DotVector {
     __m512i v;
 };
 
-// Of 32-bit elements for GCC, which otherwise keeps every accumulator of a loop twice, as the instructions' type and as __m512i, and runs out of registers.
+// Of 32-bit elements for GCC, which otherwise keeps every accumulator of a loop twice, as the instructions' type and as __m512i, and runs out of
+// registers.
 #if defined(__GNUC__)
 typedef int Words __attribute__((vector_size(64)));
 #else

@@ -51,6 +51,8 @@ BNB_INLINE F32 load(const float* p) { return {vld1q_f32(p)}; }
 BNB_INLINE void store(float* p, F32 a) { vst1q_f32(p, a.v); }
 template <typename T> BNB_INLINE F32 load(const T* p) { return widen(p, vld1_u16(&p->bits)); }
 template <typename T> BNB_INLINE void store(T* p, F32 a) { vst1_u16(&p->bits, narrow(p, a)); }
+template <typename T> BNB_INLINE void stream(T* p, F32 a) { store(p, a); }
+BNB_INLINE void finish_streams() {}
 
 template <typename T> BNB_INLINE F32 load_first(const T* p, int n) {
     T copy[W] = {};

@@ -47,6 +47,8 @@ template <typename T> BNB_INLINE void store_first(T* p, F32 a, int n) {
 }
 
 template <typename T> BNB_INLINE void store(T* p, F32 a) { store_first(p, a, W); }
+template <typename T> BNB_INLINE void stream(T* p, F32 a) { store(p, a); }
+BNB_INLINE void finish_streams() {}
 
 BNB_INLINE F32 add(F32 a, F32 b) { BNB_EACH(F32, a.v[i] + b.v[i]); }
 BNB_INLINE F32 sub(F32 a, F32 b) { BNB_EACH(F32, a.v[i] - b.v[i]); }
