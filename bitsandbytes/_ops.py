@@ -138,6 +138,17 @@ def invoke(name: str, A: torch.Tensor, *args):
     return getattr(torch.ops.bitsandbytes, name)(A, *args)
 
 
+def invoke_on_lists(name: str, lists: Sequence[Sequence[torch.Tensor]], **settings):
+    """``invoke`` for an operator whose first arguments are lists of tensors, of which the first says the device."""
+    first = lists[0][0] if lists[0] else None
+    native = None if first is None else _NATIVE.get((name, first.device.type))
+    if native is not None and _nobody_watches() and all(map(_all_plain, lists)):
+        check, kernel = native
+        check(*lists, **settings)
+        return kernel(*lists, **settings)
+    return getattr(torch.ops.bitsandbytes, name)(*lists, **settings)
+
+
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack

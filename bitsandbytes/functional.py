@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor
 
-from ._ops import BLOCKSIZES_4BIT, FLOATS, NESTED_BLOCKSIZE, QUANT_TYPES_4BIT
+from ._ops import BLOCKSIZES_4BIT, FLOATS, NESTED_BLOCKSIZE, QUANT_TYPES_4BIT, invoke_on_lists
 from .cextension import lib
 from .codebooks import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type  # noqa: F401
 from .deprecated import batched_igemm, check_matmul, igemm  # noqa: F401
@@ -378,4 +378,4 @@ def optimizer_step(
         unorm: one tensor a parameter with ``max_unorm``, else empty.
         settings: the algorithm and its hyperparameters, named as in the operator ``torch.ops.bitsandbytes.optimizer_step``.
     """
-    torch.ops.bitsandbytes.optimizer_step(p, g, moments, absmax, qmaps, unorm, **settings)
+    invoke_on_lists("optimizer_step", (p, g, moments, absmax, qmaps, unorm), **settings)

@@ -265,6 +265,17 @@ def test_what_older_arguments_switched_on_is_refused():
             Legacy([parameter()], **kwargs)
 
 
+def test_older_positional_arguments_of_the_classes_themselves():
+    before = (1e-3, (0.9, 0.999), 1e-8, 0.0, False, 32, None, 4096)
+    assert optim.Adam8bit([parameter()], *before, 100, True, True).is_paged is True
+    assert optim.Adam([parameter()], *before, 100).is_paged is False
+    assert optim.SGD([parameter()], 0.1, 0.9, 0, 0, False, 32, None, 4096, 100, True).args.max_unorm == 0.0
+    lamb = (1e-3, True, (0.9, 0.999), 1e-8, 0.0, False, True, 32, None, 4096)
+    assert optim.LAMB([parameter()], *lamb, 100, True).args.max_unorm == 1.0
+    with pytest.raises(TypeError, match="is_paged"):
+        optim.Adam([parameter()], *before, 7)
+
+
 def test_todays_positional_arguments_are_taken_as_they_are():
     optimizer = optim.optimizer.Optimizer2State("adam", [parameter()], 1e-3, (0.9, 0.999), 1e-8, 0.0, 32, None, 4096, 0.5, True, False)
     assert (optimizer.args.max_unorm, optimizer.args.skip_zeros, optimizer.is_paged) == (0.5, True, False)
@@ -330,6 +341,20 @@ def test_many_small_tensors_take_one_call(monkeypatch):
     monkeypatch.setattr(bnb.functional, "optimizer_step", lambda *args, **kwargs: calls.append(len(args[0])) or real(*args, **kwargs))
     step(optimizer, *params)
     assert calls == [20]
+
+
+def test_native_kernel_is_called_directly_and_after_the_check(monkeypatch):
+    params = [parameter(128, seed=i) for i in range(2)]
+    optimizer = optim.AdamW(params)
+    step(optimizer, *params)
+    calls = []
+    check = bnb._ops._CHECKS["optimizer_step"]
+    monkeypatch.setitem(bnb._ops._NATIVE, ("optimizer_step", "cpu"), (check, lambda *args, **kwargs: calls.append(len(args[0]))))
+    step(optimizer, *params)
+    assert calls == [2]
+    optimizer.state[params[0]]["state1"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="a moment must have 128 elements, got 3"):
+        step(optimizer, *params)
 
 
 def test_parameters_without_a_gradient_are_left_out():

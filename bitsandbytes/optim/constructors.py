@@ -36,7 +36,7 @@ def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict |
     def __init__(*args, **kwargs):
         owner = type(args[0]).__name__
         try:
-            bound = signature.bind(*args, **kwargs)
+            bound = signature.bind(*without_removed_arguments(args, signature), **kwargs)
         except TypeError as error:
             raise TypeError(f"{owner}: {error}") from None
         bound.apply_defaults()
@@ -51,27 +51,35 @@ def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict |
     return __init__
 
 
-def accepts_removed_arguments(init: Callable) -> Callable:
-    """Lets subclasses written for older versions pass ``percentile_clipping`` and ``block_wise`` by position, in front of ``max_unorm``.
+def without_removed_arguments(args: tuple, signature: inspect.Signature) -> tuple:
+    """The positional arguments of a constructor, without ``percentile_clipping`` and ``block_wise``.
 
-    Both are recognised by their types, an int of at least 1 and a bool, where now a float and a bool are: they must not silently become a limit
-    on the update and skipped zeros. What they would have switched on is gone, so that only the values that switched nothing on are taken.
+    Older versions had these two after ``min_8bit_size``, where now a limit on the update, skipped zeros or paging are, and subclasses still pass
+    them. They are recognised by their types, an int of at least 1 and a bool. What they would have switched on is gone, so that only the values
+    that switched nothing on are taken.
+
+    Raises:
+        ValueError: they ask for percentile clipping, or for 8-bit states without blocks.
     """
-    names = list(inspect.signature(init).parameters)
-    place = names.index("max_unorm")
+    place = list(signature.parameters).index("min_8bit_size") + 1
+    removed = args[place : place + 2]
+    if removed != (100,) and not (list(map(type, removed)) == [int, bool] and removed[0] >= 1):
+        return args
+    clipping, block_wise = (*removed, True)[:2]
+    if clipping != 100 or not block_wise:
+        raise ValueError(
+            f"percentile_clipping={clipping} and block_wise={block_wise} no longer exist: 8-bit states are always block-wise, and gradients "
+            "are clipped by torch.nn.utils.clip_grad_norm_. To limit the norm of the update pass max_unorm by keyword."
+        )
+    return args[:place] + args[place + 2 :]
+
+
+def accepts_removed_arguments(init: Callable) -> Callable:
+    """Lets subclasses that were written for older versions call the constructor, see ``without_removed_arguments``."""
+    signature = inspect.signature(init)
 
     @functools.wraps(init)
     def wrapper(*args, **kwargs):
-        removed = args[place : place + 2]
-        if removed == (100,) or (list(map(type, removed)) == [int, bool] and removed[0] >= 1):
-            clipping, *rest = args[place:]
-            block_wise, *rest = rest or (True,)
-            if clipping != 100 or not block_wise:
-                raise ValueError(
-                    f"percentile_clipping={clipping} and block_wise={block_wise} no longer exist: 8-bit states are always block-wise, and gradients "
-                    "are clipped by torch.nn.utils.clip_grad_norm_. To limit the norm of the update pass max_unorm by keyword."
-                )
-            args = (*args[:place], *rest)
-        return init(*args, **kwargs)
+        return init(*without_removed_arguments(args, signature), **kwargs)
 
     return wrapper

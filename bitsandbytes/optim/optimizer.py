@@ -56,9 +56,14 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         defaults: hyperparameters for the groups that do not.
         optim_bits: 8 or 32: size of the state of parameters with at least ``min_8bit_size`` elements.
         is_paged: keep large states in managed memory that the GPU and the host share.
+
+    Raises:
+        TypeError: ``is_paged`` is not a bool, such as an argument of an older version that has moved.
     """
 
     def __init__(self, params, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False):
+        if not isinstance(is_paged, bool):
+            raise TypeError(f"is_paged must be True or False, got {is_paged!r}")
         super().__init__(params, defaults)
         self.initialized = False
         self.is_paged = is_paged
