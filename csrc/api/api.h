@@ -36,7 +36,8 @@ BNB_API int32_t bnb_cpu_gemm_4bit_backward(const void* A, const uint8_t* B, cons
                                            int32_t quant_type, int32_t dtype, int32_t threads);
 
 // LLM.int8(). Matrices are row by row; `threshold` in the unit of A, 0 for none; is_outlier: `columns` truth values, null without a threshold.
-// Codes and statistics [rows] of the rows and, unless null, codes and statistics [columns] of the columns. Codes of the rows are 0 in outlier columns.
+// Codes and statistics [rows] of the rows and, unless null, codes and statistics [columns] of the columns. Codes of the rows are 0 in outlier
+// columns.
 BNB_API int32_t bnb_cpu_int8_quantize(const void* A, int32_t dtype, int64_t rows, int64_t columns, double threshold, uint8_t* is_outlier,
                                       float* row_stats, int8_t* row_codes, float* col_stats, int8_t* col_codes, int32_t threads);
 
@@ -46,8 +47,8 @@ BNB_API int32_t bnb_cpu_int8_dequantize(const int8_t* codes, const float* stats,
 BNB_API int32_t bnb_cpu_int8_matmul(const int8_t* A, const int8_t* B, int32_t* out, int64_t M, int64_t N, int64_t K, int32_t threads);
 
 // out[M, N] of dtype = product * row_stats * col_stats / 127^2 + bias (fp32, or null).
-BNB_API int32_t bnb_cpu_int8_mm_dequant(const int32_t* product, const float* row_stats, const float* col_stats, const float* bias, void* out, int64_t M,
-                                        int64_t N, int32_t dtype, int32_t threads);
+BNB_API int32_t bnb_cpu_int8_mm_dequant(const int32_t* product, const float* row_stats, const float* col_stats, const float* bias, void* out,
+                                        int64_t M, int64_t N, int32_t dtype, int32_t threads);
 
 // The product of codes CA and CB, dequantised as above, plus that of `outliers` columns of A (of dtype, null when there are none) and CB.
 BNB_API int32_t bnb_cpu_int8_scaled_mm(const int8_t* CA, const int8_t* CB, const float* SCA, const float* SCB, const void* A,

@@ -1,11 +1,11 @@
 // The two ways a floating point product multiplies. Tiles are written once against either.
 //
 //   FloatArithmetic     weights fl(code value * scale) in fp32, activations in fp32: every set, every element type
-//   BFloat16Arithmetic  weights fl(code value * scale) rounded to bfloat16 as dequantisation would, products of pairs summed in fp32: AVX512_BF16 with
-//                       bfloat16 activations
+//   BFloat16Arithmetic  weights fl(code value * scale) rounded to bfloat16 as dequantisation would, products of pairs summed in fp32: AVX512_BF16
+//                       with bfloat16 activations
 //
-// Both scale a 4-bit level before it is rounded. Levels rounded first and scaled afterwards would give each code a fixed error, which adds up over K as
-// soon as the activations have a mean.
+// Both scale a 4-bit level before it is rounded. Levels rounded first and scaled afterwards would give each code a fixed error, which adds up over K
+// as soon as the activations have a mean.
 #pragma once
 
 #include "simd.h"

@@ -1,8 +1,8 @@
 // Tiles of the int8 product: sums of products of codes, exact modulo 2^32.
 //
-// A tile is a few rows of the weight by a few tokens, both read as they lie in memory with K along the lanes: nothing is transposed or unpacked, which
-// serves one token as well as many. Each step loads a vector of every row and of every token and multiplies all pairs, so that the multipliers wait
-// for neither; accumulators are added up over their lanes once for every kDotStretch of K, a few per cent of the work.
+// A tile is a few rows of the weight by a few tokens, both read as they lie in memory with K along the lanes: nothing is transposed or unpacked,
+// which serves one token as well as many. Each step loads a vector of every row and of every token and multiplies all pairs, so that the multipliers
+// wait for neither; accumulators are added up over their lanes once for every kDotStretch of K, a few per cent of the work.
 //
 // Many tokens find the weight in the second-level cache, and ask for it a little ahead. Few read it from memory: they ask for the tile's next rows,
 // since rows often begin in pages of their own, where the hardware's own prefetching starts anew.
@@ -35,8 +35,8 @@ struct DotStretch {
     int64_t length;
 };
 
-// Adds the tile's products to sums[token * kDotPanel + row]. The stretch is a multiple of kDotLanes or, kPartial, less than one vector: a matter of the
-// type, because the compiler keeps accumulators in registers only where it sees a single loop.
+// Adds the tile's products to sums[token * kDotPanel + row]. The stretch is a multiple of kDotLanes or, kPartial, less than one vector: a matter of
+// the type, because the compiler keeps accumulators in registers only where it sees a single loop.
 template <int kRows, int kTokens, bool kPartial> static void dot_tile(const DotStretch& s, uint32_t* sums) {
     constexpr int kSums = (kRows * kTokens + 3) / 4 * 4; // reduced four at a time
     DotSum acc[kSums];

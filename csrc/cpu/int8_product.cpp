@@ -5,8 +5,8 @@
 // its codes and what its outlier columns hold stay in a cache.
 //
 // Activations that come as codes have one digit each. Those quantised here have two, qa + qa' / 254: the product is then as exact as one with the
-// activations themselves, for twice the multiplications, which the multipliers for bytes still finish before those for bfloat16 would do half of them,
-// and a few tokens wait for the weight anyway. A token with two digits is multiplied as two tokens, whose sums meet when they are scaled.
+// activations themselves, for twice the multiplications, which the multipliers for bytes still finish before those for bfloat16 would do half of
+// them, and a few tokens wait for the weight anyway. A token with two digits is multiplied as two tokens, whose sums meet when they are scaled.
 //
 // The work is a line of tiles, panel of the weight after panel of the weight; threads take stretches of it. K is never split: the result does not
 // depend on the number of threads.
@@ -159,7 +159,8 @@ int32_t multiply_tokens(const Int8ProductArgs& args, const OutlierColumns& colum
 class Preparation {
   public:
     Preparation(const Int8ProductArgs& args, int64_t outliers)
-        : args_(args), digits_(args.codes != nullptr ? 1 : 2), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes), chunk_(smaller(args.M, most_tokens())),
+        : args_(args), digits_(args.codes != nullptr ? 1 : 2), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes),
+          chunk_(smaller(args.M, most_tokens())),
           scratch_(size_t(chunk_ * bytes_of_token() + outliers * int64_t(sizeof(int64_t))) + 6 * Scratch::kAlignment) {
         column_ = take<int64_t>(outliers);
         codes_ = take<DotActivation>(chunk_ * digits_ * stride_);

@@ -1,10 +1,10 @@
 // The floating point product in panels: for many tokens, and for layouts that other forms cannot read.
 //
-// A panel is a strip of the quantised weight, kPanelLanes wide. A stretch of it along the sum is dequantised once into a small buffer that stays in the
-// second-level cache, with the strip's width along the lanes: cells[step][lane]. A tile then multiplies it with up to kPanelTokens tokens: at each
-// step it loads the panel's vectors and broadcasts one activation of each token, straight from the caller's memory. With kPanelTokens * kPanelVectors
-// accumulators there is far more arithmetic than loading, so the multipliers run near their peak; the order of the lanes is also the order of the
-// result, and any number of tokens divides evenly into tiles.
+// A panel is a strip of the quantised weight, kPanelLanes wide. A stretch of it along the sum is dequantised once into a small buffer that stays in
+// the second-level cache, with the strip's width along the lanes: cells[step][lane]. A tile then multiplies it with up to kPanelTokens tokens: at
+// each step it loads the panel's vectors and broadcasts one activation of each token, straight from the caller's memory. With kPanelTokens *
+// kPanelVectors accumulators there is far more arithmetic than loading, so the multipliers run near their peak; the order of the lanes is also the
+// order of the result, and any number of tokens divides evenly into tiles.
 //
 // A product with the transposed weight has rows along the lanes (gemm_4bit_rows.h), its gradient columns (gemm_4bit_columns.h, int8_backward.cpp).
 //
