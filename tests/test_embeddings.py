@@ -180,6 +180,16 @@ def test_codes_without_statistics_are_an_error_that_names_the_layer():
         layer(ids)
 
 
+def test_a_weight_that_became_a_plain_parameter_gets_its_state_back():
+    layer, ids = make(EmbeddingNF4, compress_statistics=True), torch.tensor([[5, 6]])
+    expected = layer(ids)
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert_same_bits(layer(ids), expected)
+    bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+    assert type(layer.weight) is Params4bit and layer.weight.quant_type == "nf4" and layer.weight.compress_statistics
+    assert_same_bits(layer(ids), expected)
+
+
 # ------------------------------------------------------------------------------------------------------------------------ state dicts
 @kinds
 @pytest.mark.parametrize("target", ["quantised", "fresh", "meta", "other format"])
