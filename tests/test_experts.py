@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 from helpers import assert_same_bits, bell, grid, raw_bytes
@@ -285,6 +286,19 @@ def test_stacks_of_other_expert_modules_are_parametrised():
     assert quantize_experts(model) == ["0"]
     error = (model(x) - expected).norm() / expected.norm()
     assert 0 < error < 0.2 and "0.stack.absmax" in model.state_dict()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_quantised_model_is_copied_whole(duplicate):
+    model = model_of("gpt-oss")
+    quantize_experts(model)
+    replica = duplicate(model)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert_same_bits(replica(IDS).logits, expected)
+        for parameter in replica.parameters():
+            parameter.data.zero_()
+        assert_same_bits(model(IDS).logits, expected)
 
 
 def test_offloaded_experts_are_refused_and_quantised_ones_can_be_offloaded():
