@@ -24,6 +24,7 @@ from ..quant_state import QuantState
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
 PACKED_KEYS = tuple(f"quant_state.{key}" for key in QuantState.valid_qs_type_keys)
+ROW_FORMAT = torch.tensor(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"], dtype=torch.uint8, device="cpu")
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *PACKED_KEYS)
 
 
@@ -55,7 +56,7 @@ def save_4bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
     if state.packing_format_for_cpu:
         destination[prefix + "weight"], state = functional._canonical(layer.weight.detach(), state)
     statistics = state.as_dict(packed=True)
-    if _is_sharded(layer.weight):
+    if layer._is_sharded():
         _make_keys_resolvable(layer.weight, state, statistics)
     for name, tensor in statistics.items():
         destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
@@ -63,16 +64,11 @@ def save_4bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
 
 def save_8bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     """Adds the scales of a layer's weight to a state dict that holds its codes already."""
-    scales = getattr(layer.weight, "SCB", None)
+    scales = layer._known_scales(layer.weight)
     if scales is None or layer.weight.dtype != torch.int8:
         return
     destination[prefix + "SCB"] = scales if keep_vars else scales.detach()
-    destination[prefix + "weight_format"] = torch.tensor(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"], dtype=torch.uint8, device="cpu")
-
-
-def _is_sharded(weight: torch.Tensor) -> bool:
-    """Whether FSDP2 put a distributed parameter in place of the layer's own."""
-    return type(weight.data) is not torch.Tensor
+    destination[prefix + "weight_format"] = ROW_FORMAT.clone()
 
 
 def _make_keys_resolvable(weight: torch.Tensor, state: QuantState, statistics: dict[str, torch.Tensor]) -> None:
@@ -179,6 +175,9 @@ def _absent_statistics(key: str, statistics: dict[str, Any], quant_type: str) ->
 
 def _read_packed(layer, key: str, codes: torch.Tensor, statistics: dict[str, Any], found: Finding, assign: bool) -> None:
     device = codes.device if assign else layer.weight.device
+    if layer._is_sharded() and codes.dtype != layer.weight.dtype:
+        found.errors.append(f'"{key}" holds packed codes in {codes.dtype}, the sharded layer keeps them in {layer.weight.dtype}')
+        return
     try:
         state = QuantState.from_dict(statistics, device=device)
         require_consistent(codes, state, layer._dense_shape)
@@ -187,17 +186,27 @@ def _read_packed(layer, key: str, codes: torch.Tensor, statistics: dict[str, Any
         return
     if not assign:  # the layer's tensors must not be the caller's
         state = copy.deepcopy(state)
-    if _is_sharded(layer.weight):  # each rank copies its shard of the codes, as of any parameter; the statistics are whole everywhere
-        found.keys.remove(key)
-        found.install = lambda: setattr(layer, "quant_state", state)
+    if layer._is_sharded():
+        _leave_codes_to_module(layer, key, state, found)
         return
     codes = codes if assign else codes.to(device, copy=True)
     weight = layer._new_weight(codes, quant_state=state, bnb_quantized=True)
     found.install = lambda: layer._take_weight(weight, assign)
 
 
+def _leave_codes_to_module(layer, key: str, statistics, found: Finding) -> None:
+    """Each process copies its part of the codes, as of any parameter; the statistics are whole everywhere."""
+    found.keys.remove(key)
+    found.install = layer._installer_when_sharded(statistics)
+
+
 def _read_dense(layer, values: torch.Tensor, found: Finding, assign: bool) -> Finding:
     quantised = layer._is_quantised()
+    if layer._is_sharded():
+        if quantised:
+            found.errors.append("a floating-point weight cannot be quantised into a layer that is sharded already; load it before sharding")
+            return found
+        return Finding()
     if not quantised and not (assign and layer._recipe()):
         return Finding()  # an ordinary parameter
     weight = layer._new_weight(values)
@@ -243,7 +252,7 @@ def read_8bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
         seen = f"{scales.dtype} {list(scales.shape)}" if isinstance(scales, torch.Tensor) else type(scales).__name__
         found.errors.append(f'"{scales_key}" must hold {shape[0]} floating-point scales, one for each row of the weight, got {seen}')
     else:
-        _read_codes(layer, codes, scales, found, assign)
+        _read_codes(layer, key, codes, scales, found, assign)
     return found
 
 
@@ -261,9 +270,12 @@ def require_row_format(stored) -> None:
         raise ValueError(f"int8 weights in the {name!r} layout are not supported; save the checkpoint again in the row layout")
 
 
-def _read_codes(layer, codes: torch.Tensor, scales: torch.Tensor, found: Finding, assign: bool) -> None:
+def _read_codes(layer, key: str, codes: torch.Tensor, scales: torch.Tensor, found: Finding, assign: bool) -> None:
     device = codes.device if assign else layer.weight.device
     scales = scales.detach().reshape(-1).to(device, torch.float32, copy=not assign)
+    if layer._is_sharded():
+        _leave_codes_to_module(layer, key, scales, found)
+        return
     codes = codes.detach() if assign else codes.to(device, copy=True)
     weight = layer._new_weight(codes, SCB=scales, requires_grad=False)
     found.install = lambda: layer._take_weight(weight, assign)

@@ -6,11 +6,14 @@ weight take the 4-bit path, anything else that means the matrix gets it dequanti
 (copying, moving, chunking) see the bytes.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd._functions import matmul_4bit
+from . import slicing
 
 
 class TransposedWeight(Tensor):
@@ -29,7 +32,7 @@ class TransposedWeight(Tensor):
 
 def call(func, args: tuple, kwargs: dict):
     """Calls ``func``, giving quantised weights among its arguments their meaning where ``func`` is about values."""
-    handler = _HANDLERS.get(func)
+    handler = HANDLERS.get(func)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
 
@@ -43,7 +46,7 @@ def _is_transposed(value) -> bool:
 
 
 def _is_quantised(value) -> bool:
-    return _is_weight(value) or _is_transposed(value)
+    return _is_weight(value) or _is_transposed(value) or getattr(value, "bnb_quantized", False)
 
 
 def _dense(value):
@@ -99,10 +102,53 @@ def _transpose(func, weight, *dims):
     return row
 
 
+def _piece(weight, piece: Tensor, strict: bool = True):
+    """A part of a weight's packed bytes as a weight: with the statistics of its blocks.
+
+    Raises:
+        ValueError: it does not consist of whole blocks. If not ``strict``, such a piece only lacks a quant_state, and cannot be computed with.
+    """
+    attributes = {**weight.__dict__, "module": None, "requires_grad": weight.requires_grad}
+    if not _is_weight(weight):
+        return type(weight)(piece, **attributes)
+    first, step = piece.storage_offset() - weight.storage_offset(), 2 * weight.element_size()
+    stop = min((first + piece.numel()) * step, prod(weight.quant_state.shape))
+    try:
+        _, state = slicing.between(weight.data, weight.quant_state, min(first * step, stop), stop)
+    except ValueError:
+        if strict:
+            raise
+        state = None
+    part = type(weight)(piece, **{**attributes, "quant_state": None, "bnb_quantized": True})
+    if state is not None:
+        part._adopt(state)
+    return part
+
+
 def _pieces(func, weight, *args, **kwargs):
-    """The parts of a packed weight keep its class and attributes, so that FSDP2 can cut a parameter without losing what it is."""
-    attributes = {**weight.__dict__, "module": None}
-    return tuple(type(weight)(piece, requires_grad=weight.requires_grad, **attributes) for piece in func(weight, *args, **kwargs))
+    """FSDP2 cuts parameters with ``torch.chunk`` wherever it likes, to send the pieces around; so cutting alone does not fail."""
+    return tuple(_piece(weight, piece, strict=False) for piece in func(weight, *args, **kwargs))
+
+
+def _narrow(func, weight, *args, **kwargs):
+    piece = func(weight, *args, **kwargs)
+    return _piece(weight, piece) if _is_packed(weight) and _is_run(piece, weight) else piece
+
+
+def _index(func, weight, index):
+    piece = func(weight, index)
+    is_slice = isinstance(index, slice) or (isinstance(index, tuple) and len(index) == 1 and isinstance(index[0], slice))
+    return _piece(weight, piece) if is_slice and _is_packed(weight) and _is_run(piece, weight) else piece
+
+
+def _is_packed(value) -> bool:
+    """Whether ``value`` is a quantised weight, laid out as the column of bytes that quantisation makes."""
+    return _is_weight(value) and value.dim() == 2 and value.shape[1] == 1 and not value.quant_state.packing_format_for_cpu
+
+
+def _is_run(piece: Tensor, weight) -> bool:
+    """Whether ``piece`` consists of consecutive elements of a column."""
+    return piece.dim() == 2 and piece.shape[1] == 1 and (piece.shape[0] < 2 or piece.stride(0) == weight.stride(0))
 
 
 def _set_data(func, weight, value):
@@ -112,7 +158,7 @@ def _set_data(func, weight, value):
         weight._adopt(value.quant_state)
 
 
-_HANDLERS = {
+HANDLERS = {
     F.linear: _linear,
     torch.matmul: _matmul,
     torch.mm: _matmul,
@@ -132,5 +178,8 @@ _HANDLERS = {
     Tensor.mT.__get__: _transpose,
     torch.chunk: _pieces,
     torch.split: _pieces,
+    torch.narrow: _narrow,
+    Tensor.narrow: _narrow,
+    Tensor.__getitem__: _index,
     Tensor.data.__set__: _set_data,
 }

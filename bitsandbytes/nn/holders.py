@@ -5,6 +5,7 @@ and while it is a plain floating-point matrix they say so once. ``Holds4bitWeigh
 layers: each names its kind of parameter, how one is made, and what else the layer has to remember.
 """
 
+from collections.abc import Callable
 import logging
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 
 from .._ops import FLOATS
 from ..quant_state import QuantState
-from . import checkpoint
-from .parameters import Int8Params, Params4bit, QuantisedParameter
+from . import checkpoint, sharding
+from .parameters import Int8Params, Params4bit, QuantisedParameter, _scales_on, _state_on
 
 logger = logging.getLogger("bitsandbytes.nn.modules")  # where users listen for all of the layers
 
@@ -45,6 +46,13 @@ class _HoldsQuantisedWeight:
         raise NotImplementedError
 
     def _is_quantised(self) -> bool:
+        raise NotImplementedError
+
+    def _is_sharded(self) -> bool:
+        return sharding.is_sharded(self.weight)
+
+    def _installer_when_sharded(self, statistics) -> Callable[[], None]:
+        """What, called after ``nn.Module`` has loaded this process's part of the codes, gives them their statistics."""
         raise NotImplementedError
 
     def _remember(self, weight: QuantisedParameter) -> None:
@@ -79,6 +87,8 @@ class _HoldsQuantisedWeight:
         def move(tensor):
             nonlocal kept
             moved = fn(tensor)
+            if tensor is weight and moved.dtype != tensor.dtype and self._is_quantised():
+                moved = tensor.to(moved.device)  # codes that FSDP keeps in a plain tensor; those of our parameters are not cast anyway
             if tensor is weight and isinstance(weight, self.parameter_class):
                 kept = vars(moved if isinstance(moved, self.parameter_class) else weight) | {n: v for n, v in vars(weight).items() if n == "module"}
                 moved = moved.data
@@ -127,8 +137,12 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
     @property
     def quant_state(self) -> QuantState | None:
         """The state of the weight; None while it is not quantised. Survives the weight's being replaced by a plain packed tensor."""
-        state = getattr(self.weight, "quant_state", None)
-        return state if state is not None or self._is_dense(self.weight) else self.__dict__.get("quant_state")
+        weight = self.weight
+        shard = sharding.shard_of(weight)
+        if shard is not None:
+            return shard.attributes["quant_state"]
+        state = None if sharding.is_sharded(weight) else getattr(weight, "quant_state", None)
+        return state if state is not None or self._is_dense(weight) else self.__dict__.get("quant_state")
 
     @quant_state.setter
     def quant_state(self, state: QuantState | None) -> None:
@@ -139,9 +153,20 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
 
     def _remember(self, weight):
         self.quant_state = weight.quant_state
+        if self.quant_state is not None:
+            self.quant_storage = weight.dtype
 
     def _own(self, weight):
         weight.module = self
+
+    def _installer_when_sharded(self, statistics):
+        shard = sharding.shard_of(self.weight)
+
+        def install():
+            self.quant_state = statistics
+            sharding.adopt(self.weight, statistics, shard)
+
+        return install
 
     def _recipe(self):
         state = self.quant_state
@@ -170,10 +195,17 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
             )
         if isinstance(weight, Params4bit):
             weight._adopt(state)
-        return state
+        elif weight.dtype is not self.quant_storage:
+            raise RuntimeError(
+                f"{described(self)}: the weight holds packed 4-bit codes in {self.quant_storage}, but was cast to {weight.dtype}, which destroys them. "
+                f"Under FSDP1 with mixed precision, param_dtype must be the quant_storage of the layers."
+            )
+        return _state_on(state, weight.device)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and self._is_sharded():
+            sharding.make_ordinary(destination[prefix + "weight"])
         checkpoint.save_4bit(self, destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args):
@@ -181,9 +213,55 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
 
 
 class Holds8bitWeight(_HoldsQuantisedWeight):
-    """A layer with an ``Int8Params``."""
+    """A layer with an ``Int8Params``.
+
+    It remembers the attributes of the latest one, in the parameter's own dict, so that codes in a plain tensor (FSDP makes such) get their scales
+    back. While the weight is an ``Int8Params``, that alone is asked.
+    """
 
     parameter_class = Int8Params
+
+    def register_parameter(self, name, param):
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._remember(param)
+
+    def _remember(self, weight):
+        if isinstance(weight, Int8Params):
+            self.__dict__["_weight_attributes"] = vars(weight)
+
+    def _own(self, weight):
+        self._remember(weight)
+
+    def _installer_when_sharded(self, statistics):
+        return lambda: self.__dict__.update(_weight_attributes={"SCB": statistics})
+
+    def train(self, mode: bool = True):
+        self._remember(self.weight)  # programs also write to _parameters
+        return super().train(mode)
+
+    def _known_scales(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The scales of int8 codes: the weight's own, or for a plain tensor those that the layer remembers."""
+        scales = getattr(weight, "SCB", None)
+        if scales is not None or isinstance(weight, Int8Params) or weight.dtype != torch.int8:
+            return scales
+        remembered = self.__dict__.get("_weight_attributes", {}).get("SCB")
+        return _scales_on(remembered, weight.device)
+
+    # torch.distributed looks the keys of state dicts up as attributes.
+
+    @property
+    def SCB(self) -> torch.Tensor:
+        """The scales of the rows of a quantised weight, float32 [rows]."""
+        scales = self._known_scales(self.weight)
+        if scales is None:
+            raise AttributeError("the weight has no scales")
+        return scales
+
+    @property
+    def weight_format(self) -> torch.Tensor:
+        """The number of the layout of a quantised weight in checkpoints, a uint8 scalar."""
+        return checkpoint.ROW_FORMAT.clone()
 
     def _recipe(self):
         return {"requires_grad": self.weight.requires_grad, "has_fp16_weights": getattr(self.weight, "has_fp16_weights", False)}
@@ -194,6 +272,8 @@ class Holds8bitWeight(_HoldsQuantisedWeight):
     def _takes_codes(self, assign: bool) -> bool:
         """Whether int8 codes from a checkpoint may become the weight, as opposed to one that is shared with others or trained as it is."""
         weight = self.weight
+        if sharding.is_sharded(weight):
+            return self._known_scales(weight) is not None
         return isinstance(weight, Int8Params) and not weight.has_fp16_weights and (assign or self._is_quantised())
 
     def _scales_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -202,7 +282,7 @@ class Holds8bitWeight(_HoldsQuantisedWeight):
         Raises:
             RuntimeError: there are none.
         """
-        scales = getattr(weight, "SCB", None)
+        scales = self._known_scales(weight)
         if scales is None:
             raise RuntimeError(
                 f"{described(self)}: the weight holds int8 codes but SCB, their scales (the largest magnitude of each row of the original weight), "

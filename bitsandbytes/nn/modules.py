@@ -3,6 +3,7 @@
 In the published library every layer lives in this module, and programs import from it: what is imported here without a use is for them.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 import weakref
 
@@ -240,11 +241,12 @@ class LayerState(MatmulLtState):
         self.__dict__.update(state)
 
 
-def _view_of_weight(name: str) -> property:
-    """``state.<name>`` as ``layer.weight.<name>``."""
+def _view_of_weight(name: str, read: Callable) -> property:
+    """``state.<name>`` as ``layer.weight.<name>``; ``read(layer, weight)`` finds it for a weight in a plain tensor as well."""
 
     def get(state):
-        return getattr(state.__dict__["layer"]().weight, name, None)
+        layer = state.__dict__["layer"]()
+        return read(layer, layer.weight)
 
     def set(state, value):
         if value is not None:
@@ -253,8 +255,8 @@ def _view_of_weight(name: str) -> property:
     return property(get, set, lambda state: None)
 
 
-LayerState.CB = _view_of_weight("CB")
-LayerState.SCB = _view_of_weight("SCB")
+LayerState.CB = _view_of_weight("CB", lambda layer, weight: weight.data if weight.dtype == torch.int8 else None)
+LayerState.SCB = _view_of_weight("SCB", lambda layer, weight: layer._known_scales(weight))
 
 
 def maybe_rearrange_weight(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:

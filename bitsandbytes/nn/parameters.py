@@ -248,8 +248,19 @@ class Params4bit(QuantisedParameter):
         return self
 
     def dequantize(self) -> torch.Tensor:
-        """The dense values, in ``quant_state.dtype``; of a weight that is not quantised, its data."""
-        return self.data if self.quant_state is None else functional.dequantize_4bit(self.data.reshape(-1, 1), self.quant_state)
+        """The dense values, in ``quant_state.dtype``; of a weight that is not quantised, its data.
+
+        Raises:
+            RuntimeError: codes without a quant_state.
+        """
+        if self.quant_state is not None:
+            return functional.dequantize_4bit(self.data.reshape(-1, 1), self.quant_state)
+        if self.bnb_quantized:
+            raise RuntimeError(
+                f"this weight holds packed 4-bit codes ({self.dtype} {list(self.shape)}) without a quant_state, so they have no meaning. A piece of a "
+                "weight has one only if it consists of whole blocks."
+            )
+        return self.data
 
     def __getstate__(self):
         return {**super().__getstate__(), "module": None}
