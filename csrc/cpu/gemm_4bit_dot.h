@@ -15,12 +15,12 @@ namespace bnb {
 namespace BNB_ISA {
 
 constexpr bool kManyRegisters = W == 16; // 32 vectors, a table in one of them
-constexpr int kTileTokens = kManyRegisters ? 16 : 8;
+constexpr int kTileTokens = 8;
 constexpr int kMostDotTokens = kManyRegisters ? 40 : 8; // from here on a panel is faster
 constexpr int kDotGroup = 64;                // rows that share one pass over packed activations
 constexpr int64_t kDotCacheBytes = 32 << 10; // of packed activations in one pass
 
-constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : tokens <= 8 ? 2 : 1) : (tokens == 1 ? 2 : 1); }
+constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : 2) : (tokens == 1 ? 2 : 1); }
 
 // Accumulators for each row and token: the steps of a granule take turns when a tile is too small to keep the multipliers busy. The same for the
 // single rows at the end, so that a row's sum does not depend on its neighbours.
@@ -191,13 +191,10 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
     using RowsFunction = void (*)(DotSpan, int64_t, Table16, const Activation*, float*);
 
     static RowsFunction rows_function(int64_t tokens) {
-        static constexpr RowsFunction kFunctions[16] = {
+        static constexpr RowsFunction kFunctions[kTileTokens] = {
             dot_rows<Arithmetic, kGranule, 1>, dot_rows<Arithmetic, kGranule, 2>, dot_rows<Arithmetic, kGranule, 3>,
             dot_rows<Arithmetic, kGranule, 4>, dot_rows<Arithmetic, kGranule, 5>, dot_rows<Arithmetic, kGranule, 6>,
-            dot_rows<Arithmetic, kGranule, 7>, dot_rows<Arithmetic, kGranule, 8>, dot_rows<Arithmetic, kGranule, 9>,
-            dot_rows<Arithmetic, kGranule, 10>, dot_rows<Arithmetic, kGranule, 11>, dot_rows<Arithmetic, kGranule, 12>,
-            dot_rows<Arithmetic, kGranule, 13>, dot_rows<Arithmetic, kGranule, 14>, dot_rows<Arithmetic, kGranule, 15>,
-            dot_rows<Arithmetic, kGranule, 16>,
+            dot_rows<Arithmetic, kGranule, 7>, dot_rows<Arithmetic, kGranule, 8>,
         };
         return kFunctions[tokens - 1];
     }
