@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from lion_pytorch import Lion as ReferenceLion
+import numpy as np
 import pytest
 import torch
 
@@ -321,6 +322,33 @@ def test_random_numbers_are_those_of_the_description():
 
 
 # ----------------------------------------------------------------------------------------------------------------- the operator
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="without fused multiply-add the last bit differs")
+@grid(n=[1, 7, 1000])
+def test_an_adam_step_is_made_of_the_documented_operations(n):
+    """fma, multiplication, division and square root in float32, each rounded once, in the documented order; in NumPy, bit for bit."""
+
+    def f32(x):
+        return np.asarray(x, dtype=np.float32)
+
+    def fma(a, b, c):  # exact but for double rounding, which these values do not meet
+        return f32(np.float64(a) * np.float64(b) + np.float64(c))
+
+    b1, b2, wd, eps, step = 0.9, 0.99, 0.1, 1e-8, 3
+    p, g, m, v = (bell(n, seed=i) for i in range(4))
+    v = v.abs()
+    state = [m.clone(), v.clone()]
+    value = p.clone()
+    ops.optimizer_step([value], [g], state, [], [], [], "adam", step, LR, b1, b2, 0.0, 0.0, eps, wd)
+    p, g, m, v = (x.numpy() for x in (p, g, m, v))
+    mean = fma(f32(1 - b1), g, m * f32(b1))
+    square = fma(f32(1 - b2) * g, g, v * f32(b2))
+    c1, c2 = 1 - b1**step, (1 - b2**step) ** 0.5
+    direction = mean / (np.sqrt(square) + f32(c2 * eps))
+    expected = fma(f32(-LR * (c2 / c1)), direction, p * f32(1 - LR * wd))
+    for actual, wanted in zip((*state, value), (mean, square, expected)):
+        assert_same_bits(actual, torch.from_numpy(wanted))
+
+
 def arguments(count=2, n=300, bits=32, algorithm="adam", moments=2, **settings):
     qmap = torch.linspace(-1, 1, 256)
     dtype = torch.float32 if bits == 32 else torch.uint8

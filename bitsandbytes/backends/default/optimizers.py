@@ -66,6 +66,11 @@ def _average_of_squares(mean: torch.Tensor, value: torch.Tensor, beta: float) ->
     mean.mul_(beta).addcmul_(value, value, value=1.0 - beta)
 
 
+def _root(x: torch.Tensor) -> torch.Tensor:
+    """The square root, rounded to the nearest float32. That of torch is not where it comes from Intel's vector library."""
+    return x.to(torch.float64).sqrt_().to(torch.float32)
+
+
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """The quotient, in the memory of the denominator."""
     return torch.div(numerator, denominator, out=denominator)
@@ -87,7 +92,7 @@ def _adam(g, moments, s: Settings):
     if s.amsgrad:
         square = torch.maximum(largest[0], square, out=largest[0])
     c1, c2 = _bias_corrections(s)
-    return _ratio(mean, square.sqrt().add_(c2 * s.eps)), c2 / c1
+    return _ratio(mean, _root(square).add_(c2 * s.eps)), c2 / c1
 
 
 def _ademamix(g, moments, s: Settings):
@@ -98,7 +103,7 @@ def _ademamix(g, moments, s: Settings):
     _average_of_squares(square, g, s.beta2)
     c1, c2 = _bias_corrections(s)
     mean = (fast / c1).add_(slow, alpha=s.alpha)
-    return mean.div_(square.sqrt().div_(c2).add_(s.eps)), 1.0
+    return mean.div_(_root(square).div_(c2).add_(s.eps)), 1.0
 
 
 def _momentum(g, moments, s: Settings):
@@ -134,7 +139,7 @@ def _rmsprop(g, moments, s: Settings):
         mean = others[-1]
         _average(mean, g, s.beta1)
         variance = square.addcmul(mean, mean, value=-1.0).clamp_(min=0.0)  # rounding may leave it just below zero
-    direction = _ratio(g, variance.sqrt().add_(s.eps))
+    direction = _ratio(g, _root(variance).add_(s.eps))
     if s.beta2 > 0.0:
         direction = others[0].mul_(s.beta2).add_(direction)
     return direction, 1.0
@@ -144,7 +149,7 @@ def _adagrad(g, moments, s: Settings):
     """Duchi et al. 2011."""
     (total,) = moments
     total.addcmul_(g, g)
-    return _ratio(g, total.sqrt().add_(s.eps)), 1.0
+    return _ratio(g, _root(total).add_(s.eps)), 1.0
 
 
 @dataclass(frozen=True)
