@@ -75,7 +75,7 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     Args:
         shape: the sizes, at least one element in all.
         dtype: the element type.
-        device: the GPU that will work on it.
+        device: the GPU that will work on it; without an index the first.
 
     Raises:
         ValueError: a tensor without elements was asked for.
@@ -92,7 +92,7 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     weakref.finalize(memory, lib.cfree_managed_ptr, ct.c_void_p(address)).atexit = False  # torch keeps it as long as the storage lives
     tensor = torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
     tensor.is_paged = True
-    tensor.page_deviceid = device.index
+    tensor.page_deviceid = 0 if device.index is None else device.index
     return tensor
 
 

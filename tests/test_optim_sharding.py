@@ -246,6 +246,7 @@ def test_training_resumes_from_a_distributed_state_dict(results, how, name):
             assert_same_bits(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @grid(name=["AdamW", "AdamW8bit", "AdEMAMix8bit"])
 def test_a_checkpoint_of_two_processes_is_resumed_by_one(results, name):
     _, through = results("save", name)

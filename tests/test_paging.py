@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitsandbytes import devices, paging
+from bitsandbytes import devices, optim, paging
 from bitsandbytes import functional as F
 
 
@@ -171,3 +171,54 @@ def test_tensors_must_share_a_device():
         F.is_on_gpu([here, there])
     with pytest.raises(RuntimeError, match="same GPU"):
         F.is_on_gpu([SimpleNamespace(device=torch.device("cuda", i)) for i in range(2)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- in optimizers
+@pytest.fixture
+def saved():
+    """The state of a paged optimizer, made on the CPU."""
+    p = torch.nn.Parameter(torch.ones(100_000))
+    optimizer = optim.PagedAdamW8bit([p])
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="ordinary memory"):
+        optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("cls", [optim.PagedAdamW8bit, optim.PagedAdEMAMix, optim.PagedLion32bit])
+def test_states_off_the_cpu_are_paged_and_prefetched(library, cls):
+    """A parameter on the meta device stands for one on a GPU."""
+    p, small = (torch.nn.Parameter(torch.empty(n, device="meta")) for n in (100_000, 99_999))
+    optimizer = cls([p, small])
+    for i, parameter in enumerate((p, small)):
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, i)
+    moments = [optimizer.state[p][key] for key in ("state1", "state2") if key in optimizer.state[p]]
+    assert all(moment.is_paged and not moment.any() for moment in moments)
+    assert not hasattr(optimizer.state[small]["state1"], "is_paged")
+    library.prefetched.clear()
+    optimizer.prefetch_state(p)
+    optimizer.prefetch_state(small)
+    assert [address for address, _, _ in library.prefetched] == [moment.data_ptr() for moment in moments]
+
+
+def test_states_are_paged_after_loading_too(library, saved):
+    p = torch.nn.Parameter(torch.empty(100_000, device="meta"))
+    optimizer = optim.PagedAdamW8bit([p])
+    optimizer.load_state_dict(saved, move_to_device=False)
+    for key in ("state1", "state2"):
+        assert optimizer.state[p][key].is_paged
+        assert torch.equal(optimizer.state[p][key], saved["state"][0]["__bnb_optimizer_quant_state__"][key])
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("cls, expected", [(optim.AdamW8bit, 0), (optim.PagedAdamW8bit, 2)])
+def test_the_device_is_waited_for_once_a_step_and_only_when_paged(monkeypatch, cls, expected):
+    waits = []
+    monkeypatch.setattr(optim.optimizer, "sync_gpu", waits.append)
+    params = [torch.nn.Parameter(torch.ones(4096)) for _ in range(5)]
+    optimizer = cls(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert len(waits) == expected
