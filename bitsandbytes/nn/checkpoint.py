@@ -238,7 +238,7 @@ def read_8bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
         return _read_dense(layer, codes, found, assign)
     elif scales is None and codes.dtype == torch.int8:
         found.missing.append(scales_key)
-    elif not layer._takes_codes(assign):
+    elif not (layer._is_quantised() if layer._is_sharded() else layer._takes_codes(assign)):
         found.errors.append(
             f"Loading a quantized checkpoint into non-quantized {type(layer).__name__} is not supported: "
             f'"{scales_key}" belongs to int8 codes. Move the layer to a device first, or load with assign=True.'

@@ -55,8 +55,24 @@ class _HoldsQuantisedWeight:
         """What, called after ``nn.Module`` has loaded this process's part of the codes, gives them their statistics."""
         raise NotImplementedError
 
+    def _write_statistics(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Adds the statistics of the weight to a state dict that holds its codes already."""
+        raise NotImplementedError
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """As of every module. While the weight is sharded its statistics are listed too: torch.distributed spreads a checkpoint that only one process
+        has over the names it finds here (``broadcast_from_rank0``)."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse and self._is_sharded():
+            statistics = {}
+            self._write_statistics(statistics, prefix and f"{prefix}.", True)
+            yield from statistics.items()
+
     def _remember(self, weight: QuantisedParameter) -> None:
         """Notes what the layer keeps of its weight's statistics, besides the weight."""
+
+    def _move_remembered(self, device: torch.device) -> None:
+        """Moves what the layer keeps of the statistics of a sharded weight."""
 
     def _own(self, weight: QuantisedParameter) -> None:
         """Lets a weight know that it is this layer's."""
@@ -101,6 +117,8 @@ class _HoldsQuantisedWeight:
                 self.weight = weight = self.parameter_class(weight.data, **{**kept, "requires_grad": weight.requires_grad})
             vars(weight).update(kept)
             self._remember(weight)
+        elif weight is not None and self._is_sharded() and self._is_quantised():
+            self._move_remembered(self.weight.device)
         return self
 
     def __setstate__(self, state):
@@ -168,6 +186,10 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
 
         return install
 
+    def _move_remembered(self, device):
+        self.quant_state = state = _state_on(self.quant_state, device)
+        sharding.adopt(self.weight, state, sharding.shard_of(self.weight))
+
     def _recipe(self):
         state = self.quant_state
         if state is None:
@@ -206,7 +228,9 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and self._is_sharded():
             sharding.make_ordinary(destination[prefix + "weight"])
-        checkpoint.save_4bit(self, destination, prefix, keep_vars)
+        self._write_statistics(destination, prefix, keep_vars)
+
+    _write_statistics = checkpoint.save_4bit
 
     def _load_from_state_dict(self, *args):
         checkpoint.load(self, super()._load_from_state_dict, checkpoint.read_4bit, *args)
@@ -272,8 +296,6 @@ class Holds8bitWeight(_HoldsQuantisedWeight):
     def _takes_codes(self, assign: bool) -> bool:
         """Whether int8 codes from a checkpoint may become the weight, as opposed to one that is shared with others or trained as it is."""
         weight = self.weight
-        if sharding.is_sharded(weight):
-            return self._known_scales(weight) is not None
         return isinstance(weight, Int8Params) and not weight.has_fp16_weights and (assign or self._is_quantised())
 
     def _scales_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -293,7 +315,9 @@ class Holds8bitWeight(_HoldsQuantisedWeight):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        checkpoint.save_8bit(self, destination, prefix, keep_vars)
+        self._write_statistics(destination, prefix, keep_vars)
+
+    _write_statistics = checkpoint.save_8bit
 
     def _load_from_state_dict(self, *args):
         checkpoint.load(self, super()._load_from_state_dict, checkpoint.read_8bit, *args)

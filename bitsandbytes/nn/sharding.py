@@ -3,7 +3,7 @@
 FSDP2 knows nothing of codes and their statistics. It cuts a parameter, keeps one part of it in a process as a distributed tensor, and gathers the
 whole before a layer runs. Left alone it would cast codes in floating-point storage like any float, and leave the layer with a plain tensor. The
 part of a ``Params4bit`` is therefore a ``WeightShard``: it remembers what it is a part of, and its all-gather hooks, which FSDP2 calls, send the
-codes as integers and make a ``Params4bit`` of them again. The statistics are small and stay whole in every process.
+codes as they are and make a ``Params4bit`` of them again. The statistics are small and stay whole in every process.
 """
 
 import torch
@@ -28,8 +28,9 @@ _SAME_SHARD = {
     aten.new_zeros.default,
 }
 
-# Integers that stand for the storage dtypes on the way between processes.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+# Integers that stand for storage dtypes on the way between processes. Neither gloo nor NCCL sends integers of two bytes; codes in float16 and
+# bfloat16 are sent as such, which copies their bits.
+_CARRIERS = {torch.float32: torch.int32}
 
 
 class WeightShard(Tensor):
@@ -65,8 +66,8 @@ class WeightShard(Tensor):
         return self._codes().__reduce_ex__(protocol)
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """What this process sends: its codes as integers, as many as those of the others. Called by FSDP2."""
-        codes = self.view(_CARRIERS[self.itemsize])
+        """What this process sends: its codes, as many as those of the others. Called by FSDP2."""
+        codes = self.view(_CARRIERS.get(self.dtype, self.dtype))
         size = -(-outer_size[0] // mesh.size())
         if codes.shape[0] < size:
             codes = torch.cat([codes, codes.new_zeros(size - codes.shape[0], *codes.shape[1:])])
