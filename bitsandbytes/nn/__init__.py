@@ -8,6 +8,7 @@ from .embeddings import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, E
 from .experts import Experts4bit, FusedExperts4bit, quantize_experts
 from .modules import Int8Params, LayerState, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
 from .outlier_aware import OutlierAwareLinear
+from .sharding import shard_4bit
 
 # What a pickled layer is made of; torch.load(weights_only=True) accepts no other classes. Building these runs no code of the file's choosing.
 torch.serialization.add_safe_globals(
@@ -34,4 +35,5 @@ __all__ = [
     "Params4bit",
     "StableEmbedding",
     "quantize_experts",
+    "shard_4bit",
 ]
