@@ -255,7 +255,7 @@ def _view_of_weight(name: str, read: Callable) -> property:
     return property(get, set, lambda state: None)
 
 
-LayerState.CB = _view_of_weight("CB", lambda layer, weight: weight.data if weight.dtype == torch.int8 else None)
+LayerState.CB = _view_of_weight("CB", lambda layer, weight: getattr(weight, "CB", weight if weight.dtype == torch.int8 else None))
 LayerState.SCB = _view_of_weight("SCB", lambda layer, weight: layer._known_scales(weight))
 
 

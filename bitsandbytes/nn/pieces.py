@@ -85,6 +85,9 @@ def _by_unit(codes: Tensor, state: QuantState, rows: Tensor, count: int, width: 
     else:
         first = rows.long()[:, None] * width
         scales = _scales_of(state, (first + torch.arange(0, width, unit, device=rows.device)) // state.blocksize)
+    if torch.compiler.is_compiling():  # the operator takes a shape of constants, which would tie the graph to one number of rows
+        levels = torch.stack([chosen >> 4, chosen & 15], -1).view(-1, units, unit)
+        return (state.code[levels.int()] * scales.view(-1, units, 1)).view(-1, width).to(state.dtype)
     return torch.ops.bitsandbytes.dequantize_4bit(
         chosen.view(-1, 1), scales.reshape(-1), unit, state.quant_type, [rows.numel(), width], state.dtype
     )  # fmt: skip
