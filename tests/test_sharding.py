@@ -18,7 +18,6 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDi
 import torch.nn.functional as F
 
 import bitsandbytes as bnb
-from bitsandbytes.nn import shard_4bit
 from helpers import assert_same_bits, bell, grid
 
 WORLD, VOCABULARY, WIDTH, CLASSES = 2, 33, 64, 7
@@ -481,7 +480,7 @@ def test_equal_parts_for_tensor_parallelism(storage, nested, blocksize):
     weight = quantised((48, 192), quant_storage=storage, compress_statistics=nested, blocksize=blocksize)
     dense, x = weight.dequantize(), bell(3 * 192, seed=3).view(3, 192)
     for dim, world in ((0, 2), (0, 3), (0, 16), (1, 2), (1, 3)):
-        parts = [shard_4bit(weight, dim, rank, world) for rank in range(world)]
+        parts = [bnb.nn.shard_4bit(weight, dim, rank, world) for rank in range(world)]
         assert all(part.dtype is storage and part.quant_type == "nf4" and part.quant_state.dtype is torch.float32 for part in parts)
         assert_same_bits(torch.cat([part.dequantize() for part in parts], dim), dense)
         pieces = zip(parts, x.chunk(world, -1) if dim else [x] * world)
@@ -493,17 +492,17 @@ def test_equal_parts_for_tensor_parallelism(storage, nested, blocksize):
 def test_parts_keep_nested_statistics_where_their_blocks_begin():
     """A block of nested statistics is 256 blocks of 64 elements: 128 rows of 128."""
     whole = quantised((256, 128), compress_statistics=True)
-    second = shard_4bit(whole, 0, 1, 2)
+    second = bnb.nn.shard_4bit(whole, 0, 1, 2)
     assert second.compress_statistics and second.quant_state.nested and second.state2.absmax.numel() == 1
     assert second.data_ptr() == whole.data_ptr() + whole.numel() // 2
-    assert not shard_4bit(whole, 0, 1, 4).quant_state.nested
-    assert not shard_4bit(whole, 1, 1, 2).quant_state.nested
+    assert not bnb.nn.shard_4bit(whole, 0, 1, 4).quant_state.nested
+    assert not bnb.nn.shard_4bit(whole, 1, 1, 2).quant_state.nested
 
 
 def test_a_part_is_the_weight_of_a_layer_of_its_own(tmp_path):
     whole = bnb.nn.LinearNF4(128, 64, bias=False, quant_storage=torch.bfloat16).to("cpu")
     half = bnb.nn.LinearNF4(128, 32, bias=False)
-    half.weight = shard_4bit(whole.weight, 0, 1, 2)
+    half.weight = bnb.nn.shard_4bit(whole.weight, 0, 1, 2)
     x = bell(2 * 128).view(2, 128)
     assert_same_bits(half(x), whole(x)[:, 32:])
     other = bnb.nn.LinearNF4(128, 32, bias=False)
@@ -524,14 +523,14 @@ def test_a_part_is_the_weight_of_a_layer_of_its_own(tmp_path):
 )
 def test_parts_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
-        shard_4bit(quantised(), *arguments)
+        bnb.nn.shard_4bit(quantised(), *arguments)
 
 
 def test_only_quantised_weights_have_parts():
     with pytest.raises(TypeError, match="Params4bit, got Tensor"):
-        shard_4bit(torch.ones(4, 64), 0, 0, 2)
+        bnb.nn.shard_4bit(torch.ones(4, 64), 0, 0, 2)
     with pytest.raises(ValueError, match="move it to a device"):
-        shard_4bit(bnb.nn.Params4bit(torch.ones(4, 64)), 0, 0, 2)
+        bnb.nn.shard_4bit(bnb.nn.Params4bit(torch.ones(4, 64)), 0, 0, 2)
 
 
 CUTS = {
