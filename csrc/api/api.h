@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/macros.h"
+#include "../common/optimizer.h"
 
 #include <cstdint>
 
@@ -62,6 +63,9 @@ BNB_API int32_t bnb_cpu_int8_linear(const void* A, const int8_t* CB, const float
 // Its gradient with respect to A: out[M, K] = A[M, N] . dequantised(CB)[N, K].
 BNB_API int32_t bnb_cpu_int8_linear_backward(const void* A, const int8_t* CB, const float* SCB, void* out, int64_t M, int64_t N, int64_t K,
                                              int32_t dtype, int32_t threads);
+
+// One step of many parameters. kBadCode: a code table is not ascending.
+BNB_API int32_t bnb_cpu_optimizer_step(const bnb::OptimizerTensors* tensors, const bnb::OptimizerSettings* settings, int32_t threads);
 
 // Name of the instruction set in use.
 BNB_API const char* bnb_cpu_isa(void);

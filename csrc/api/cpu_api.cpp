@@ -1,21 +1,15 @@
 // Argument checks, the split over threads, and the call into the kernels.
 #include "api.h"
 #include "arguments.h"
+#include "cell_cache.h"
 
-#include "../common/quantize.h"
 #include "../common/status.h"
-#include "../cpu/cells.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/pages.h"
 #include "../cpu/threads.h"
 
-#include <cstdlib>
-
 namespace bnb {
 namespace {
-
-// Below this a binary search beats building the cell table (about 10 microseconds).
-constexpr int64_t kElementsWorthCells = 16384;
 
 bool is_quant_type(int32_t type) { return type == kFP4 || type == kNF4; }
 
@@ -32,43 +26,6 @@ template <typename Args> void run_blocks(void (*kernel)(const Args&, int64_t, in
         kernel(args, begin * granule, last < blocks ? last : blocks);
     });
 }
-
-bool is_ascending(const float* code) {
-    for (int i = 0; i < 255; ++i)
-        if (!(code[i] <= code[i + 1]))
-            return false;
-    return true;
-}
-
-// The cell table of the code used last on this thread, recognised by its contents: callers may change a code in place.
-class CellCache {
-  public:
-    CellCache() = default;
-    CellCache(const CellCache&) = delete;
-    CellCache& operator=(const CellCache&) = delete;
-    ~CellCache() { free(table_); }
-
-    // Null: the code has no table, or there is no memory for it.
-    const CellTable* find(const float* midpoints, int64_t n) {
-        if (known_ && memcmp(midpoints_, midpoints, sizeof midpoints_) == 0)
-            return usable_ ? table_ : nullptr;
-        if (n < kElementsWorthCells)
-            return nullptr;
-        if (table_ == nullptr)
-            table_ = static_cast<CellTable*>(malloc(sizeof(CellTable)));
-        if (table_ == nullptr)
-            return nullptr;
-        memcpy(midpoints_, midpoints, sizeof midpoints_);
-        known_ = true;
-        usable_ = build_cells(midpoints, *table_);
-        return usable_ ? table_ : nullptr;
-    }
-
-  private:
-    CellTable* table_ = nullptr;
-    float midpoints_[255];
-    bool known_ = false, usable_ = false;
-};
 
 // Checks the arguments of a 4-bit product and computes it. `width` is the width of its result, `depth` the length of its sums.
 int32_t run_product(int32_t (*kernel)(const GemmArgs4bit&), int64_t width, int64_t depth, GemmArgs4bit args) {
@@ -136,8 +93,7 @@ int32_t bnb_cpu_quantize_blockwise(const float* code, const void* A, int32_t dty
     if (!is_ascending(code))
         return kBadCode;
     float midpoints[255];
-    for (int i = 0; i < 255; ++i)
-        midpoints[i] = midpoint(code[i], code[i + 1]);
+    find_midpoints(code, midpoints);
     advise_huge_pages(out, n);
     const QuantizeArgsBlockwise args{midpoints, cache.find(midpoints, n), A, absmax, out, n, blocksize, DType(dtype)};
     run_blocks(kernels().quantize_blockwise, args, 1, threads);

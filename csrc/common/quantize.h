@@ -62,6 +62,14 @@ BNB_HD int blockwise_code(const float* midpoints, float v) {
     return code;
 }
 
+// For moments of optimizers: a code whose value has not the sign of x moves by one, so that a small negative number does not become +0. The lowest
+// `negatives` values have a minus sign.
+BNB_HD int keep_sign(int code, float x, int negatives) {
+    if (x < 0.0f && code >= negatives && code > 0)
+        return code - 1;
+    return x > 0.0f && code < negatives ? code + 1 : code;
+}
+
 // LLM.int8(): code = round(x * fl(127 / stat)) for the largest magnitude `stat` of a row or column, and 0 where that is not a number: a statistic of
 // zero, infinity or NaN alone says what was there. Next to denormals only the inverse is infinite and codes saturate.
 constexpr float kInt8Max = 127.0f;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "optimizer.h"
 
 namespace bnb {
 
@@ -25,8 +26,6 @@ struct DequantizeArgs4bit {
     DType dtype;
     QuantType quant_type;
 };
-
-struct CellTable;
 
 struct QuantizeArgsBlockwise {
     const float* midpoints;  // 255 decision thresholds, ascending
@@ -137,6 +136,8 @@ struct KernelTable {
     void (*int8_scale_rows)(const Int8ScaleArgs& args, int64_t first, int64_t last);
     int32_t (*int8_product)(const Int8ProductArgs& args); // these two split their work over threads themselves
     int32_t (*int8_backward)(const Int8BackwardArgs& args);
+    void (*optimizer_step)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last); // blocks of 256
+    OptimizerSquares (*optimizer_measure)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last); // changes nothing
 };
 
 // Every kernel source is compiled with -DBNB_ISA=<name of the set> and lives in the namespace of that name.
@@ -156,6 +157,8 @@ void int8_dequantize_rows(const Int8DequantizeArgs& args, int64_t first, int64_t
 void int8_scale_rows(const Int8ScaleArgs& args, int64_t first, int64_t last);
 int32_t int8_product(const Int8ProductArgs& args);
 int32_t int8_backward(const Int8BackwardArgs& args);
+void optimizer_step(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last);
+OptimizerSquares optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last);
 
 extern const KernelTable kernel_table;
 

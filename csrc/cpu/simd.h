@@ -9,13 +9,20 @@
 //   load_first(p, n), store_first   the same for the first n lanes only, 0 <= n < W; other lanes read as 0, memory beyond is not touched
 //   add sub mul min max             as the names say; min(a, b) and max(a, b) return b where a is NaN
 //   mul_add(a, b, c)                a * b + c, rounded once where the set can fuse and twice otherwise: not for results that must be exact
+//   fused(a, b, c)                  a * b + c, rounded once on every set
+//   div sqrt                        correctly rounded
 //   reduce_add(v)                   sum of the lanes
 //   bits(v), from_bits(i)           reinterpretation
 //   magnitude_bits(v)               bits with the sign cleared
 //   add_bits and_bits or_bits xor_bits, shift_left<n>, shift_right<n> (zeros in), shift_right_signed<n>
 //   max_bits(a, b), reduce_max_bits unsigned
+//   mul_bits(a, b)                  the low 32 bits of the product
+//   lane_numbers()                  0, 1, 2, ...
 //   to_floats(i)                    signed integers, rounded to nearest even
+//   truncate(v)                     towards zero, to signed integers; for |v| < 2^31
 //   less(a, b)                      Mask of a < b
+//   differ(a, b)                    Mask of a != b, true where either is NaN
+//   select(m, a, b)                 a where m, b elsewhere
 //   drop(i, m)                      0 where m, i elsewhere
 //   twice_plus(i, m)                2 * i + (m ? 1 : 0): one step down a binary search tree
 //   Table8, lookup8(t, i)           t[i] for i in [0, 8), the table kept in registers

@@ -85,6 +85,9 @@ BNB_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 BNB_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 BNB_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+BNB_INLINE F32 fused(F32 a, F32 b, F32 c) { return mul_add(a, b, c); }
+BNB_INLINE F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+BNB_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
 
 BNB_INLINE float reduce_add(F32 a) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -103,6 +106,8 @@ template <int n> BNB_INLINE I32 shift_right(I32 a) { return {_mm256_srli_epi32(a
 template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { return {_mm256_srai_epi32(a.v, n)}; }
 BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7fffffffu)); }
 BNB_INLINE I32 max_bits(I32 a, I32 b) { return {_mm256_max_epu32(a.v, b.v)}; }
+BNB_INLINE I32 mul_bits(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+BNB_INLINE I32 lane_numbers() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
 BNB_INLINE uint32_t reduce_max_bits(I32 a) {
     __m128i largest = _mm_max_epu32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
@@ -111,7 +116,11 @@ BNB_INLINE uint32_t reduce_max_bits(I32 a) {
 }
 
 BNB_INLINE F32 to_floats(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+BNB_INLINE I32 truncate(F32 a) { return {_mm256_cvttps_epi32(a.v)}; }
 BNB_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+BNB_INLINE Mask differ(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)}; }
+BNB_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+BNB_INLINE I32 select(Mask m, I32 a, I32 b) { return bits(select(m, from_bits(a), from_bits(b))); }
 
 BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm256_andnot_si256(_mm256_castps_si256(m.v), a.v)}; }
 

@@ -75,6 +75,9 @@ BNB_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 BNB_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 BNB_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+BNB_INLINE F32 fused(F32 a, F32 b, F32 c) { return mul_add(a, b, c); }
+BNB_INLINE F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+BNB_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 BNB_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 
 BNB_INLINE I32 bits(F32 a) { return {_mm512_castps_si512(a.v)}; }
@@ -89,9 +92,15 @@ template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { return {_mm512_srai_
 BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7fffffffu)); }
 BNB_INLINE I32 max_bits(I32 a, I32 b) { return {_mm512_max_epu32(a.v, b.v)}; }
 BNB_INLINE uint32_t reduce_max_bits(I32 a) { return _mm512_reduce_max_epu32(a.v); }
+BNB_INLINE I32 mul_bits(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+BNB_INLINE I32 lane_numbers() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 
 BNB_INLINE F32 to_floats(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+BNB_INLINE I32 truncate(F32 a) { return {_mm512_cvttps_epi32(a.v)}; }
 BNB_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+BNB_INLINE Mask differ(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+BNB_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
+BNB_INLINE I32 select(Mask m, I32 a, I32 b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 
 BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm512_maskz_mov_epi32(__mmask16(~m.v), a.v)}; }
 

@@ -74,6 +74,9 @@ BNB_INLINE F32 mul(F32 a, F32 b) { return {vmulq_f32(a.v, b.v)}; }
 BNB_INLINE F32 min(F32 a, F32 b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 BNB_INLINE F32 max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+BNB_INLINE F32 fused(F32 a, F32 b, F32 c) { return mul_add(a, b, c); }
+BNB_INLINE F32 div(F32 a, F32 b) { return {vdivq_f32(a.v, b.v)}; }
+BNB_INLINE F32 sqrt(F32 a) { return {vsqrtq_f32(a.v)}; }
 BNB_INLINE float reduce_add(F32 a) { return vaddvq_f32(a.v); }
 
 BNB_INLINE I32 bits(F32 a) { return {vreinterpretq_u32_f32(a.v)}; }
@@ -87,10 +90,21 @@ template <int n> BNB_INLINE I32 shift_right(I32 a) { return {vshrq_n_u32(a.v, n)
 template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { return {vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a.v), n))}; }
 BNB_INLINE I32 magnitude_bits(F32 a) { return and_bits(bits(a), splat_bits(0x7fffffffu)); }
 BNB_INLINE I32 max_bits(I32 a, I32 b) { return {vmaxq_u32(a.v, b.v)}; }
+BNB_INLINE I32 mul_bits(I32 a, I32 b) { return {vmulq_u32(a.v, b.v)}; }
+
+BNB_INLINE I32 lane_numbers() {
+    const uint32_t lanes[W] = {0, 1, 2, 3};
+    return {vld1q_u32(lanes)};
+}
+
 BNB_INLINE uint32_t reduce_max_bits(I32 a) { return vmaxvq_u32(a.v); }
 
 BNB_INLINE F32 to_floats(I32 a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))}; }
+BNB_INLINE I32 truncate(F32 a) { return {vreinterpretq_u32_s32(vcvtq_s32_f32(a.v))}; }
 BNB_INLINE Mask less(F32 a, F32 b) { return {vcltq_f32(a.v, b.v)}; }
+BNB_INLINE Mask differ(F32 a, F32 b) { return {vmvnq_u32(vceqq_f32(a.v, b.v))}; }
+BNB_INLINE F32 select(Mask m, F32 a, F32 b) { return {vbslq_f32(m.v, a.v, b.v)}; }
+BNB_INLINE I32 select(Mask m, I32 a, I32 b) { return {vbslq_u32(m.v, a.v, b.v)}; }
 
 BNB_INLINE I32 drop(I32 a, Mask m) { return {vbicq_u32(a.v, m.v)}; }
 

@@ -1,6 +1,8 @@
 // Plain C++: the set that runs everywhere.
 #pragma once
 
+#include <math.h>
+
 namespace bnb {
 namespace BNB_ISA {
 
@@ -56,6 +58,9 @@ BNB_INLINE F32 mul(F32 a, F32 b) { BNB_EACH(F32, a.v[i] * b.v[i]); }
 BNB_INLINE F32 min(F32 a, F32 b) { BNB_EACH(F32, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 BNB_INLINE F32 max(F32 a, F32 b) { BNB_EACH(F32, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 BNB_INLINE F32 mul_add(F32 a, F32 b, F32 c) { BNB_EACH(F32, a.v[i] * b.v[i] + c.v[i]); }
+BNB_INLINE F32 fused(F32 a, F32 b, F32 c) { BNB_EACH(F32, fmaf(a.v[i], b.v[i], c.v[i])); }
+BNB_INLINE F32 div(F32 a, F32 b) { BNB_EACH(F32, a.v[i] / b.v[i]); }
+BNB_INLINE F32 sqrt(F32 a) { BNB_EACH(F32, sqrtf(a.v[i])); }
 
 BNB_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
@@ -70,6 +75,8 @@ template <int n> BNB_INLINE I32 shift_left(I32 a) { BNB_EACH(I32, a.v[i] << n); 
 template <int n> BNB_INLINE I32 shift_right(I32 a) { BNB_EACH(I32, a.v[i] >> n); }
 template <int n> BNB_INLINE I32 shift_right_signed(I32 a) { BNB_EACH(I32, uint32_t(int32_t(a.v[i]) >> n)); }
 BNB_INLINE I32 max_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+BNB_INLINE I32 mul_bits(I32 a, I32 b) { BNB_EACH(I32, a.v[i] * b.v[i]); }
+BNB_INLINE I32 lane_numbers() { BNB_EACH(I32, uint32_t(i)); }
 
 BNB_INLINE uint32_t reduce_max_bits(I32 a) {
     uint32_t largest = 0;
@@ -79,7 +86,11 @@ BNB_INLINE uint32_t reduce_max_bits(I32 a) {
 }
 
 BNB_INLINE F32 to_floats(I32 a) { BNB_EACH(F32, float(int32_t(a.v[i]))); }
+BNB_INLINE I32 truncate(F32 a) { BNB_EACH(I32, uint32_t(int32_t(a.v[i]))); }
 BNB_INLINE Mask less(F32 a, F32 b) { BNB_EACH(Mask, a.v[i] < b.v[i]); }
+BNB_INLINE Mask differ(F32 a, F32 b) { BNB_EACH(Mask, a.v[i] != b.v[i]); }
+BNB_INLINE F32 select(Mask m, F32 a, F32 b) { BNB_EACH(F32, m.v[i] ? a.v[i] : b.v[i]); }
+BNB_INLINE I32 select(Mask m, I32 a, I32 b) { BNB_EACH(I32, m.v[i] ? a.v[i] : b.v[i]); }
 BNB_INLINE I32 drop(I32 a, Mask m) { BNB_EACH(I32, m.v[i] ? 0 : a.v[i]); }
 BNB_INLINE I32 twice_plus(I32 a, Mask m) { BNB_EACH(I32, 2 * a.v[i] + m.v[i]); }
 

@@ -76,7 +76,7 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return torch.div(numerator, denominator, out=denominator)
 
 
-def _bias_corrections(s: Settings) -> tuple[float, float]:
+def bias_corrections(s: Settings) -> tuple[float, float]:
     """What to divide the mean by, and the root of the mean of squares, to make up for both having started at zero."""
     return (1.0 - s.beta1**s.step, (1.0 - s.beta2**s.step) ** 0.5) if s.bias_correction else (1.0, 1.0)
 
@@ -91,7 +91,7 @@ def _adam(g, moments, s: Settings):
     _average_of_squares(square, g, s.beta2)
     if s.amsgrad:
         square = torch.maximum(largest[0], square, out=largest[0])
-    c1, c2 = _bias_corrections(s)
+    c1, c2 = bias_corrections(s)
     return _ratio(mean, _root(square).add_(c2 * s.eps)), c2 / c1
 
 
@@ -101,7 +101,7 @@ def _ademamix(g, moments, s: Settings):
     _average(fast, g, s.beta1)
     _average(slow, g, s.beta3)
     _average_of_squares(square, g, s.beta2)
-    c1, c2 = _bias_corrections(s)
+    c1, c2 = bias_corrections(s)
     mean = (fast / c1).add_(slow, alpha=s.alpha)
     return mean.div_(_root(square).div_(c2).add_(s.eps)), 1.0
 
@@ -176,12 +176,12 @@ ALGORITHMS = {
 }
 
 
-def _published_settings(name: str, beta1, beta2, *scalars) -> Settings:
+def published_settings(name: str, beta1, beta2, *scalars) -> Settings:
     """The single-tensor operators know neither dampening nor the momentum of RMSprop, whatever they are given as ``beta2``."""
     return Settings(beta1, 0.0 if ALGORITHMS[name].direction in (_momentum, _rmsprop) else beta2, *scalars)
 
 
-def _moments(name: str, state1, state2) -> list:
+def rows_of_moments(name: str, state1, state2) -> list:
     """The moments of an algorithm one by one, or their statistics. AdEMAMix keeps its two means in the rows of state1.
 
     Raises:
@@ -281,9 +281,9 @@ def optimizer_update_32bit(
         max_unorm, param_norm, unorm_vec: see UpdateLimit; no limit where ``max_unorm`` is 0.
         skip_zeros: leave the elements alone, states and all, whose gradient is exactly 0.
     """
-    settings = _published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
     limit = UpdateLimit(max_unorm, param_norm, unorm_vec) if max_unorm > 0.0 else None
-    moments = [moment.view(p.shape) for moment in _moments(optimizer_name, state1, state2)]
+    moments = [moment.view(p.shape) for moment in rows_of_moments(optimizer_name, state1, state2)]
     gradient = g.reshape(p.shape)
     _step(optimizer_name, gradient, p, moments, settings, _touched(gradient, skip_zeros), limit)
 
@@ -366,12 +366,12 @@ def optimizer_update_8bit_blockwise(
         qmap1, qmap2: float32 [256], ascending: the values of the codes.
         absmax1, absmax2: float32, one for every 256 consecutive elements; for AdEMAMix absmax1 is [2, blocks].
     """
-    settings = _published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
     stored = [
         QuantisedMoment(codes, absmax, qmap)
         for codes, absmax, qmap in zip(
-            _moments(optimizer_name, state1, state2),
-            _moments(optimizer_name, absmax1, absmax2),
+            rows_of_moments(optimizer_name, state1, state2),
+            rows_of_moments(optimizer_name, absmax1, absmax2),
             [qmap1, qmap1, qmap2] if optimizer_name == "ademamix" else [qmap1, qmap2],
         )
     ]

@@ -1,0 +1,136 @@
+// One step of an optimizer over the blocks of a parameter.
+//
+// Every byte of gradient, parameter and moments is read once and, save the gradient, written once; what is in between stays in registers and, for
+// codes and 16-bit elements, in the first cache. With a limit on the norm of the update the blocks are gone through twice, first without writing.
+#include "kernels.h"
+#include "optimizer_algorithms.h"
+#include "optimizer_block.h"
+
+namespace bnb {
+namespace BNB_ISA {
+namespace {
+
+// Sums of squares in an order that does not depend on the instruction set: element i goes to sum i % 8, in double precision, where squares of floats
+// are exact.
+struct SumOfSquares {
+    double lanes[8] = {};
+
+    void add(const float* x, int64_t count) {
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8)
+            for (int lane = 0; lane < 8; ++lane)
+                lanes[lane] += double(x[i + lane]) * double(x[i + lane]);
+        for (; i < count; ++i)
+            lanes[i % 8] += double(x[i]) * double(x[i]);
+    }
+
+    double total() const { return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])); }
+};
+
+// How all algorithms move a parameter. What is the same for every block of it is worked out once.
+template <typename Algorithm> struct Stepper {
+    static constexpr int kMoments = Algorithm::kMoments;
+
+    Algorithm algorithm;
+    F32 gnorm_scale, kept, decay, scale, step_size;
+    bool adds_decay, skips_zeros;
+
+    Stepper(const OptimizerScalars& s, float scale)
+        : algorithm(s), gnorm_scale(splat(s.gnorm_scale)), kept(splat(s.kept)), decay(splat(s.decay)), scale(splat(scale)),
+          step_size(splat(s.step_size)), adds_decay(s.decay != 0.0f), skips_zeros(s.skips_zeros) {}
+
+    // The direction of W elements; the new moments are left in `moments`.
+    inline F32 direction(F32 raw_gradient, F32 value, F32* moments) const {
+        F32 g = mul(raw_gradient, gnorm_scale);
+        if (adds_decay)
+            g = fused(decay, value, g);
+        return algorithm.direction(g, moments);
+    }
+
+    inline void load_moments(const Block& block, int64_t i, F32* moments) const {
+        for (int k = 0; k < kMoments; ++k)
+            moments[k] = load(block.moments[k] + i);
+    }
+
+    void step(const Block& block) const {
+        for (int64_t i = 0; i < block.count; i += W) {
+            F32 moments[kMoments];
+            load_moments(block, i, moments);
+            const F32 value = load(block.p + i);
+            const F32 update = direction(load(block.g + i), value, moments);
+            store(block.p + i, fused(step_size, mul(update, scale), mul(value, kept)));
+            for (int k = 0; k < kMoments; ++k)
+                store(block.moments[k] + i, moments[k]);
+        }
+    }
+
+    // Leaves elements alone whose gradient is zero. False: all of them.
+    bool step_touched(const Block& block) const {
+        I32 any = splat_bits(0);
+        for (int64_t i = 0; i < block.count; i += W) {
+            F32 moments[kMoments];
+            load_moments(block, i, moments);
+            const F32 raw = load(block.g + i), value = load(block.p + i);
+            const Mask touched = differ(raw, splat(0.0f));
+            const F32 update = direction(raw, value, moments);
+            store(block.p + i, select(touched, fused(step_size, mul(update, scale), mul(value, kept)), value));
+            for (int k = 0; k < kMoments; ++k)
+                store(block.moments[k] + i, select(touched, moments[k], load(block.moments[k] + i)));
+            any = select(touched, splat_bits(1), any);
+        }
+        return reduce_max_bits(any) != 0;
+    }
+
+    void measure(const Block& block, float* updates) const {
+        for (int64_t i = 0; i < block.count; i += W) {
+            F32 moments[kMoments];
+            load_moments(block, i, moments);
+            const F32 raw = load(block.g + i), zero = splat(0.0f);
+            const F32 update = direction(raw, load(block.p + i), moments);
+            store(updates + i, skips_zeros ? select(differ(raw, zero), update, zero) : update);
+        }
+    }
+};
+
+template <typename Algorithm> void step_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
+    const Stepper<Algorithm> stepper(args.scalars, tensor.scale);
+    Workspace work;
+    for (int64_t index = first; index < last; ++index) {
+        const Block block = load_block(args, tensor, index, work);
+        if (!stepper.skips_zeros)
+            stepper.step(block);
+        else if (!stepper.step_touched(block))
+            continue;
+        store_parameter(args, tensor, block, work);
+        store_moments(args, tensor, index, block, work);
+    }
+}
+
+template <typename Algorithm>
+OptimizerSquares measure_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
+    const Stepper<Algorithm> stepper(args.scalars, 1.0f);
+    Workspace work;
+    SumOfSquares update, p;
+    for (int64_t index = first; index < last; ++index) {
+        const Block block = load_block(args, tensor, index, work);
+        stepper.measure(block, work.update);
+        update.add(work.update, block.count);
+        p.add(block.p, block.count);
+    }
+    return {update.total(), p.total()};
+}
+
+} // namespace
+
+void optimizer_step(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
+    with_algorithm(args, [&](auto* algorithm) { step_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
+}
+
+OptimizerSquares optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
+    OptimizerSquares squares{};
+    with_algorithm(args, [&](auto* algorithm) { squares = measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
+    return squares;
+}
+
+} // namespace BNB_ISA
+} // namespace bnb

@@ -1,0 +1,164 @@
+// The 256 elements that share a scale, as floats: where they come from and where they go.
+//
+// Floats of a whole block are stepped where they lie. Everything else (16-bit elements, codes, the end of a tensor) passes through a workspace of a
+// few KiB that stays in the first cache. A block in the workspace is filled up with zeros to whole vectors.
+#pragma once
+
+#include "blocks.h"
+#include "find_code.h"
+#include "optimizer.h"
+#include "optimizer_rounding.h"
+
+namespace bnb {
+namespace BNB_ISA {
+
+constexpr int kBlock = int(kOptimizerBlocksize);
+static_assert(kBlock % W == 0, "a block holds whole vectors");
+
+struct Workspace {
+    alignas(64) float g[kBlock], p[kBlock], moments[kMostMoments][kBlock], update[kBlock];
+};
+
+BNB_INLINE void fill_up(float* x, int64_t count) {
+    for (int64_t i = count; i % W != 0; ++i)
+        x[i] = 0.0f;
+}
+
+template <typename T> BNB_INLINE const float* as_floats(const T* x, int64_t count, float* copy) {
+    if (std::is_same<T, float>::value && count == kBlock)
+        return reinterpret_cast<const float*>(x);
+    int64_t i = 0;
+    for (; i + W <= count; i += W)
+        store(copy + i, load(x + i));
+    if (i < count)
+        store(copy + i, load_first(x + i, int(count - i)));
+    return copy;
+}
+
+template <typename T, typename Round> BNB_INLINE void put_floats(const float* x, int64_t count, T* out, const Round& round) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W)
+        store(out + i, round(load(x + i), i));
+    if (i < count)
+        store_first(out + i, round(load(x + i), i), int(count - i));
+}
+
+static void read_codes(const MomentCode& code, const uint8_t* codes, float absmax, int64_t count, float* out) {
+    const Table256 table = load_table256(code.values);
+    const F32 scale = splat(absmax);
+    int64_t i = 0;
+    for (; i + W <= count; i += W)
+        store(out + i, mul(lookup256(table, codes + i), scale));
+    for (; i < count; ++i)
+        out[i] = code.values[codes[i]] * absmax;
+    fill_up(out, count);
+}
+
+template <typename Finder> static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, float absmax, uint8_t* out) {
+    const float inverse = inverse_absmax(absmax);
+    const F32 zero = splat(0.0f), one = splat(1.0f), minus_one = splat(-1.0f), scale = splat(inverse);
+    const I32 minus_negatives = splat_bits(0u - code.negatives), none = splat_bits(0), down = splat_bits(~0u);
+    int64_t i = 0;
+    if (is_ordinary(absmax, inverse)) {
+        for (; i + W <= count; i += W) {
+            const F32 value = load(x + i);
+            I32 found = finder.code(min(max(mul(value, scale), minus_one), one));
+            if (code.negatives != 0) {
+                const I32 is_below = shift_right<31>(add_bits(found, minus_negatives));
+                const I32 move_down = select(less(value, zero), add_bits(is_below, down), none);
+                found = add_bits(found, select(less(zero, value), is_below, move_down));
+            }
+            store_bytes(out + i, found);
+        }
+    }
+    for (; i < count; ++i)
+        out[i] = uint8_t(keep_sign(blockwise_code(code.midpoints, normalise(x[i], inverse)), x[i], int(code.negatives)));
+}
+
+// Codes cannot say NaN, and an infinite scale would spoil the other elements of the block: an element with a moment that is NaN or infinite starts
+// anew with all of its moments.
+static void reset_spoilt(const OptimizerArgs& args, int64_t count, float* const* moments) {
+    for (int64_t i = 0; i < count; ++i) {
+        bool is_finite = true;
+        for (int k = 0; k < args.moments; ++k)
+            is_finite = is_finite && float_bits(magnitude(moments[k][i])) < kInfinityBits;
+        for (int k = 0; !is_finite && k < args.moments; ++k)
+            moments[k][i] = 0.0f;
+    }
+}
+
+struct Block {
+    int64_t begin, count;
+    const float* g;
+    float* p;
+    float* moments[kMostMoments];
+};
+
+BNB_INLINE Block load_block(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, Workspace& work) {
+    const Range range = elements_of_block(index, kBlock, tensor.n);
+    Block block{range.begin, range.end - range.begin, nullptr, nullptr, {}};
+    with_element_type(tensor.g_dtype, [&](auto* element) {
+        block.g = as_floats(static_cast<const std::remove_pointer_t<decltype(element)>*>(tensor.g) + block.begin, block.count, work.g);
+    });
+    with_element_type(args.dtype, [&](auto* element) {
+        block.p = const_cast<float*>(as_floats(static_cast<decltype(element)>(tensor.p) + block.begin, block.count, work.p));
+    });
+    for (int k = 0; k < args.moments; ++k) {
+        if (args.in_8bit) {
+            block.moments[k] = work.moments[k];
+            read_codes(args.codes[k], static_cast<const uint8_t*>(tensor.moments[k]) + block.begin, tensor.absmax[k][index], block.count,
+                       work.moments[k]);
+        } else {
+            block.moments[k] = const_cast<float*>(as_floats(static_cast<const float*>(tensor.moments[k]) + block.begin, block.count, work.moments[k]));
+        }
+    }
+    return block;
+}
+
+BNB_INLINE void store_parameter(const OptimizerArgs& args, const OptimizerTensor& tensor, const Block& block, const Workspace& work) {
+    if (block.p != work.p)
+        return;
+    with_element_type(args.dtype, [&](auto* element) {
+        auto* out = static_cast<decltype(element)>(tensor.p) + block.begin;
+        if (!tensor.rounds_randomly)
+            return put_floats(work.p, block.count, out, [](F32 v, int64_t) { return v; });
+        const RandomBits random(tensor.seed, args.step);
+        put_floats(work.p, block.count, out, [&](F32 v, int64_t i) { return round_finite_randomly(element, v, random.of(block.begin + i)); });
+    });
+}
+
+static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block) {
+    float absmax[kMostMoments];
+    const auto measure = [&] {
+        bool is_finite = true;
+        for (int k = 0; k < args.moments; ++k) {
+            absmax[k] = block_absmax(block.moments[k], block.count);
+            is_finite = is_finite && float_bits(absmax[k]) < kInfinityBits;
+        }
+        return is_finite;
+    };
+    if (!measure()) {
+        reset_spoilt(args, block.count, block.moments);
+        measure();
+    }
+    for (int k = 0; k < args.moments; ++k) {
+        const MomentCode& code = args.codes[k];
+        uint8_t* out = static_cast<uint8_t*>(tensor.moments[k]) + block.begin;
+        tensor.absmax[k][index] = absmax[k];
+        if (code.cells != nullptr)
+            write_codes(code, ByCell(*code.cells), block.moments[k], block.count, absmax[k], out);
+        else
+            write_codes(code, BySearch(code.midpoints), block.moments[k], block.count, absmax[k], out);
+    }
+}
+
+BNB_INLINE void store_moments(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const Workspace& work) {
+    if (args.in_8bit)
+        return store_codes(args, tensor, index, block);
+    for (int k = 0; k < args.moments; ++k)
+        if (block.moments[k] == work.moments[k])
+            put_floats(work.moments[k], block.count, static_cast<float*>(tensor.moments[k]) + block.begin, [](F32 v, int64_t) { return v; });
+}
+
+} // namespace BNB_ISA
+} // namespace bnb
