@@ -6,7 +6,10 @@ The processes run every scenario once and save what they saw; the tests compare 
 from datetime import timedelta
 import os
 import traceback
+from types import SimpleNamespace
 
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 import pytest
 import torch
 from torch import nn
@@ -210,6 +213,20 @@ def scenario_tied(kind, rank, folder):
     return expected, model(x), sorted(get_model_state_dict(model, options=FULL))
 
 
+def scenario_accelerate(kind, rank, folder):
+    """As accelerate prepares a model: 4-bit weights in integers stay whole, those in floats are sharded, and mixed precision is on."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Adapted"], mixed_precision_policy="bf16"
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), is_main_process=rank == 0, mixed_precision="bf16", device=torch.device("cpu")
+    )
+    model = fsdp2_prepare_model(accelerator, build(kind))
+    y = model(batch())
+    model.reshard()
+    return y.detach(), sum(type(p).__name__ == "DTensor" for p in model.parameters()), get_model_state_dict(model, options=FULL)
+
+
 def scenario_refused(kind, rank, folder):
     """Loads that cannot be right leave a sharded layer as it was."""
     model, messages = sharded(build(kind)), []
@@ -284,6 +301,7 @@ SCENARIOS = [
     *((scenario_weights, kind) for kind in KINDS),
     *((scenario_cast, kind) for kind in KINDS),
     *((scenario_tied, kind) for kind in ("bf16", "int8")),
+    *((scenario_accelerate, kind) for kind in ("uint8", "bf16", "fp32")),
     *((scenario_refused, kind) for kind in ("uint8", "int8")),
     *((scenario_fsdp1, kind) for kind in ("uint8", "bf16", "fp32", "int8")),
     (scenario_fsdp1_cast, "fp16"),
@@ -427,6 +445,15 @@ def test_layers_that_share_a_weight(results, kind):
         assert_same_bits(y, expected)
         assert {"0.weight", "1.weight"} <= set(keys)
         assert len(keys) == 2 * len({key[2:] for key in keys})
+
+
+@pytest.mark.parametrize("kind", ["uint8", "bf16", "fp32"])
+def test_models_that_accelerate_prepares(results, kind):
+    alone = build(kind)
+    for y, distributed, entries in results("accelerate", kind):
+        torch.testing.assert_close(y.float(), alone(batch()), rtol=0.05, atol=0.05)
+        assert distributed == len(list(alone.parameters())) - (3 if kind == "uint8" else 0)
+        same_entries(alone, entries)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8"])
