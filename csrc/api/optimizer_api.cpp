@@ -128,8 +128,8 @@ OptimizerTensor tensor_of(const OptimizerTensors& tensors, int64_t t, int moment
 int64_t blocks_of(int64_t n) { return ceil_divide(n, kOptimizerBlocksize); }
 int64_t chunks_of(int64_t n) { return ceil_divide(n, kOptimizerBlocksize * kBlocksPerChunk); }
 
-// Deals the blocks of all parameters out to threads as one line. Calls function(parameter, chunk, first block, last block) for every chunk; chunks are
-// numbered over all parameters. A chunk belongs to the thread that its first block falls to.
+// Deals the blocks of all parameters out to threads as one line. Calls function(parameter, chunk, first block, last block) for every chunk, numbered
+// over all parameters. A chunk belongs to the thread that its first block falls to.
 template <typename Function> void for_chunks(const OptimizerTensors& tensors, int32_t threads, const Function& function) {
     int64_t blocks = 0;
     for (int64_t t = 0; t < tensors.count; ++t)

@@ -63,9 +63,9 @@ BNB_HD int blockwise_code(const float* midpoints, float v) {
 }
 
 // For moments of optimizers: a code whose value has not the sign of x moves by one, so that a small negative number does not become +0. The lowest
-// `negatives` values have a minus sign.
+// `negatives` values have a minus sign; 0 where all have one sign, which leaves no choice.
 BNB_HD int keep_sign(int code, float x, int negatives) {
-    if (x < 0.0f && code >= negatives && code > 0)
+    if (x < 0.0f && code >= negatives && negatives > 0)
         return code - 1;
     return x > 0.0f && code < negatives ? code + 1 : code;
 }

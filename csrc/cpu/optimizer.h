@@ -13,7 +13,7 @@ struct MomentCode {
     const float* values;    // 256
     const float* midpoints; // 255
     const CellTable* cells; // the midpoints as a lookup table, or null
-    uint32_t negatives;     // how many values have a minus sign
+    uint32_t negatives;     // how many values have a minus sign, 0 where all have one
 };
 
 // The scalars of a step as the kernels use them.

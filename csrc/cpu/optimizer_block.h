@@ -54,7 +54,8 @@ static void read_codes(const MomentCode& code, const uint8_t* codes, float absma
     fill_up(out, count);
 }
 
-template <typename Finder> static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, float absmax, uint8_t* out) {
+template <typename Finder>
+static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, float absmax, uint8_t* out) {
     const float inverse = inverse_absmax(absmax);
     const F32 zero = splat(0.0f), one = splat(1.0f), minus_one = splat(-1.0f), scale = splat(inverse);
     const I32 minus_negatives = splat_bits(0u - code.negatives), none = splat_bits(0), down = splat_bits(~0u);
@@ -109,7 +110,8 @@ BNB_INLINE Block load_block(const OptimizerArgs& args, const OptimizerTensor& te
             read_codes(args.codes[k], static_cast<const uint8_t*>(tensor.moments[k]) + block.begin, tensor.absmax[k][index], block.count,
                        work.moments[k]);
         } else {
-            block.moments[k] = const_cast<float*>(as_floats(static_cast<const float*>(tensor.moments[k]) + block.begin, block.count, work.moments[k]));
+            const float* moment = static_cast<const float*>(tensor.moments[k]) + block.begin;
+            block.moments[k] = const_cast<float*>(as_floats(moment, block.count, work.moments[k]));
         }
     }
     return block;

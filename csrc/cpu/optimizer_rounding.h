@@ -33,7 +33,8 @@ BNB_INLINE F32 round_randomly(Half*, F32 v, I32 random) {
     const F32 smallest_normal = splat(6.103515625e-5f); // 2^-14
     const F32 size = from_bits(magnitude_bits(v));
     const F32 normal = from_bits(and_bits(add_bits(bits(v), shift_right<3>(random)), splat_bits(0xffffe000u)));
-    const I32 fixed = shift_right<16>(add_bits(truncate(mul(min(size, smallest_normal), splat(1099511627776.0f))), random)); // 2^40: 16 bits below the last
+    const I32 in_fixed_point = truncate(mul(min(size, smallest_normal), splat(1099511627776.0f))); // 2^40: 16 bits below the last
+    const I32 fixed = shift_right<16>(add_bits(in_fixed_point, random));
     const I32 sign = and_bits(bits(v), splat_bits(0x80000000u));
     const F32 denormal = from_bits(or_bits(bits(mul(to_floats(fixed), splat(5.9604644775390625e-8f))), sign)); // 2^-24
     return select(less(size, smallest_normal), denormal, normal);

@@ -319,9 +319,10 @@ def _keep_signs(codes: torch.Tensor, values: torch.Tensor, qmap: torch.Tensor) -
     """Moves a code by one where its table entry has not the sign of the value: a small negative value must not become +0.
 
     Momentum that is lost on one side of zero only would pull the parameter to the other. Zero itself stays zero.
+    A table of one sign leaves no choice.
     """
-    negatives = qmap.signbit().sum().to(torch.uint8)  # entries are ascending: the codes below this one have a minus sign
-    too_high = (values < 0.0) & (codes >= negatives) & (codes > 0)
+    negatives = qmap.signbit().sum().to(torch.uint8)  # entries are ascending: the codes below this one have a minus sign; all 256 count as none
+    too_high = (values < 0.0) & (codes >= negatives) & (negatives > 0)
     too_low = (values > 0.0) & (codes < negatives)
     return codes - too_high.to(torch.uint8) + too_low.to(torch.uint8)
 
