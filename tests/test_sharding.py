@@ -15,6 +15,7 @@ import torch
 from torch import nn
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDictType, fully_shard
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 import bitsandbytes as bnb
 from helpers import assert_same_bits, bell, grid
 
-WORLD, VOCABULARY, WIDTH, CLASSES = 2, 33, 64, 7
+WORLD, VOCABULARY, WIDTH, CLASSES = 2, 33, 62, 7
 FULL = StateDictOptions(full_state_dict=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 # Mixed precision that would destroy codes in floating-point storage, were they cast like other parameters.
@@ -43,7 +44,7 @@ class Adapted(nn.Module):
 
 
 class Model(nn.Module):
-    """A quantised table, two adapted layers and a head that is not quantised. The packed weights do not divide evenly by two."""
+    """A quantised table, two adapted layers and a head that is not quantised. The packed weights cannot be divided by two, and begin rows within blocks."""
 
     def __init__(self, table, linear):
         super().__init__()
@@ -82,6 +83,7 @@ def build(kind, seed=1):
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.copy_(bell(p.numel(), seed=seed + i).view(p.shape) * 0.2)
+        model.blocks[0].base.weight[0] = 1.0  # the code of the largest value is 15: a NaN, in every floating-point storage
     model.to("cpu")
     for module in model.modules():
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
@@ -119,7 +121,12 @@ def same_entries(model, entries):
     assert entries.keys() == expected.keys(), entries.keys() ^ expected.keys()
     for key, value in expected.items():
         assert type(entries[key]) is torch.Tensor, (key, type(entries[key]))
-        assert_same_bits(entries[key], value)
+        assert_same_bits(without_padding(key, entries[key]), value)
+
+
+def without_padding(key, value):
+    """The JSON of a quantisation state without the spaces that give it the same length in every sharded model."""
+    return value[: int((value != ord(" ")).nonzero().max()) + 1] if "bitsandbytes__" in key else value
 
 
 # --------------------------------------------------------------------------------------------------- scenarios, run by every process
@@ -361,6 +368,8 @@ def test_layers_see_their_own_weight_under_mixed_precision(results, kind):
     """Gathered as it was: no byte is cast, whatever the policy; only one half of it stays in each process."""
     alone = build(kind)
     weight = alone.blocks[0].base.weight
+    assert kind == "int8" or weight.numel() % WORLD == 1
+    assert not weight.is_floating_point() or weight.isnan().any()  # the pattern that would not survive being treated as numbers
     for rank, (seen, kinds, sizes, y) in enumerate(results("weights", kind)):
         (name, is_params4bit, attributes, codes), = seen
         assert_same_bits(codes, weight.data)
@@ -384,7 +393,7 @@ def test_adapters_are_trained_as_in_one_process(results, kind):
             if any(name in key for name in ("up", "down", "head")):
                 torch.testing.assert_close(entries[key], value, rtol=1e-4, atol=1e-5)
             else:
-                assert_same_bits(entries[key], value)
+                assert_same_bits(without_padding(key, entries[key]), value)
     assert any(not torch.equal(value, build(kind).state_dict()[key]) for key, value in expected.items())
 
 
@@ -423,9 +432,9 @@ def test_distributed_checkpoints(results, kind):
     alone, other = build(kind), build(kind, seed=50)
     for y in results("checkpoint", kind):
         assert_same_bits(y, alone(batch()).detach())
-    state = {"model": other.state_dict()}
-    dcp.load(state, checkpoint_id=os.path.join(results.folder, f"dcp-{kind}"), no_dist=True)
-    other.load_state_dict(state["model"])
+    file = os.path.join(results.folder, f"{kind}.pt")
+    dcp_to_torch_save(os.path.join(results.folder, f"dcp-{kind}"), file)
+    other.load_state_dict(torch.load(file)["model"])
     assert_same_bits(other(batch()).detach(), alone(batch()).detach())
 
 

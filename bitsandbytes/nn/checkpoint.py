@@ -58,6 +58,8 @@ def save_4bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
     statistics = state.as_dict(packed=True)
     if layer._is_sharded():
         _make_keys_resolvable(layer.weight, state, statistics)
+        key = f"quant_state.bitsandbytes__{state.quant_type}"
+        statistics[key] = _of_even_length(statistics[key])
     for name, tensor in statistics.items():
         destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
 
@@ -69,6 +71,12 @@ def save_8bit(layer, destination: dict[str, Any], prefix: str, keep_vars: bool) 
         return
     destination[prefix + "SCB"] = scales if keep_vars else scales.detach()
     destination[prefix + "weight_format"] = ROW_FORMAT.clone()
+
+
+def _of_even_length(blob: torch.Tensor) -> torch.Tensor:
+    """Packed JSON with spaces at its end. A distributed checkpoint is read into tensors of the same sizes, and the mean of nested statistics
+    is written with more digits for one model than for another."""
+    return torch.nn.functional.pad(blob, (0, -blob.numel() % 256), value=ord(" "))
 
 
 def _make_keys_resolvable(weight: torch.Tensor, state: QuantState, statistics: dict[str, torch.Tensor]) -> None:
