@@ -3,6 +3,7 @@
 The processes run every scenario once and save what they saw; the tests compare it with the same model in one process.
 """
 
+import copy
 from datetime import timedelta
 import os
 import traceback
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDi
 import torch.nn.functional as F
 
 import bitsandbytes as bnb
-from helpers import assert_same_bits, bell, grid
+from helpers import assert_same_bits, bell, grid, run_python
 
 WORLD, VOCABULARY, WIDTH, CLASSES = 2, 33, 62, 7
 FULL = StateDictOptions(full_state_dict=True)
@@ -501,6 +502,52 @@ def test_fsdp1_with_another_dtype_than_the_storage_says_so(results):
     """It casts what it flattens; there is no hook to keep codes out of that."""
     for message in results("fsdp1_cast", "fp16"):
         assert "float16" in message and "bfloat16" in message and "quant_storage" in message
+
+
+# --------------------------------------------------------------------------------------------------------- plain tensors and gathered ones
+
+
+@pytest.mark.parametrize("make", [lambda: KINDS["int8"][1](64, 48), lambda: bnb.nn.Embedding8bit(48, 64)], ids=["linear", "embedding"])
+def test_int8_codes_in_a_plain_parameter_get_their_scales_back(make):
+    """Whatever replaced the parameter. The layer computes, saves and is copied; scales written to the original count."""
+    layer = make().to("cpu").eval()
+    inputs = torch.arange(5) if isinstance(layer, nn.Embedding) else bell(2 * 64).view(2, 64)
+    layer.weight.SCB = layer.weight.SCB * 2
+    expected, saved = layer(inputs), layer.state_dict()
+    layer._parameters["weight"] = nn.Parameter(layer.weight.data, requires_grad=False)
+    for plain in (layer, copy.deepcopy(layer)):
+        assert type(plain.weight) is nn.Parameter
+        assert_same_bits(plain(inputs), expected)
+        assert plain.state_dict().keys() == saved.keys()
+        assert_same_bits(plain.state_dict()["SCB"], saved["SCB"])
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_gathered_weight_is_a_weight_like_any_other(storage):
+    """One process is enough, and must be one of its own: it joins a process group."""
+    done = run_python(
+        "import sys, torch, torch.distributed as dist, bitsandbytes as bnb\n"
+        "from torch.distributed.device_mesh import init_device_mesh\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "layer = bnb.nn.LinearNF4(64, 64, bias=False, quant_storage=getattr(torch, sys.argv[1])).to('cpu')\n"
+        "dense, x = layer.weight.dequantize(), torch.randn(2, 64)\n"
+        "expected = layer(x)\n"
+        "fully_shard(layer, mesh=init_device_mesh('cpu', (1,)))\n"
+        "layer.unshard()\n"
+        "weight = layer.weight\n"
+        "assert torch.equal(weight.dequantize(), dense) and torch.equal(torch.nn.functional.linear(x, weight), expected)\n"
+        "assert type(weight.to('cpu')) is bnb.nn.Params4bit\n"
+        "again = bnb.nn.Params4bit(dense, **{**vars(weight), 'bnb_quantized': False}).to('cpu')\n"
+        "assert again.quant_type == 'nf4' and again.dtype is weight.dtype and again.compress_statistics\n"
+        "layer.reshard()\n"
+        "assert torch.equal(torch.compile(layer, backend='aot_eager')(x), expected)\n"
+        "dist.destroy_process_group()\n"
+        "print('fine')\n",
+        str(storage).removeprefix("torch."),
+    )
+    assert done.stdout.strip() == "fine", done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------- parts of a weight

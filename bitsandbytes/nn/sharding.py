@@ -90,8 +90,11 @@ class GatheredWeight(Params4bit):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         result = super().__torch_function__(func, types, args, kwargs)
         if func in (torch.as_strided, Tensor.detach):  # the steps by which FSDP2 makes a parameter of it
-            return cls(result, args[0].requires_grad, **{k: v for k, v in vars(args[0]).items() if k != "requires_grad"})
+            return cls(result, args[0].requires_grad, **vars(args[0]))
         return result
+
+    def _with(self, data, **changes):  # moved elsewhere it is a weight like any other
+        return Params4bit(data, **{**vars(self), "module": None, "requires_grad": self.requires_grad, **changes})
 
 
 GatheredWeight.__name__ = Params4bit.__name__  # programs know a quantised weight by the name of its class
