@@ -45,7 +45,10 @@ class Adapted(nn.Module):
 
 
 class Model(nn.Module):
-    """A quantised table, two adapted layers and a head that is not quantised. The packed weights cannot be divided by two, and begin rows within blocks."""
+    """A quantised table, two adapted layers and a head that is not quantised.
+
+    The packed weights cannot be divided by two, and rows begin within blocks.
+    """
 
     def __init__(self, table, linear):
         super().__init__()
@@ -371,8 +374,8 @@ def test_layers_see_their_own_weight_under_mixed_precision(results, kind):
     weight = alone.blocks[0].base.weight
     assert kind == "int8" or weight.numel() % WORLD == 1
     assert not weight.is_floating_point() or weight.isnan().any()  # the pattern that would not survive being treated as numbers
-    for rank, (seen, kinds, sizes, y) in enumerate(results("weights", kind)):
-        (name, is_params4bit, attributes, codes), = seen
+    for seen, kinds, sizes, y in results("weights", kind):
+        [(name, is_params4bit, attributes, codes)] = seen
         assert_same_bits(codes, weight.data)
         assert kinds == {"DTensor"}
         assert sum(sizes) < 0.6 * sum(p.numel() for p in alone.parameters())
@@ -520,6 +523,18 @@ def test_int8_codes_in_a_plain_parameter_get_their_scales_back(make):
         assert_same_bits(plain(inputs), expected)
         assert plain.state_dict().keys() == saved.keys()
         assert_same_bits(plain.state_dict()["SCB"], saved["SCB"])
+
+
+def test_4bit_codes_in_a_plain_parameter_get_their_statistics_back():
+    """Also those of a weight that was assigned without a word about the layer, in another storage than the layer was made for."""
+    layer, x = bnb.nn.LinearNF4(64, 48), bell(2 * 64).view(2, 64)
+    layer.weight = quantised((48, 64), quant_storage=torch.float16)
+    expected = layer(x)
+    layer._parameters["weight"] = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert_same_bits(layer(x), expected)
+    layer._parameters["weight"] = nn.Parameter(layer.weight.data.to(torch.bfloat16), requires_grad=False)
+    with pytest.raises(RuntimeError, match="float16.* cast to torch.bfloat16"):
+        layer(x)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])

@@ -71,6 +71,17 @@ class _HoldsQuantisedWeight:
     def _remember(self, weight: QuantisedParameter) -> None:
         """Notes what the layer keeps of its weight's statistics, besides the weight."""
 
+    def register_parameter(self, name, param):
+        super().register_parameter(name, param)
+        if name == "weight" and isinstance(param, self.parameter_class):
+            self._remember(param)
+
+    def train(self, mode: bool = True):
+        weight = self._parameters.get("weight")
+        if isinstance(weight, self.parameter_class):  # programs also write to _parameters; they all call train or eval
+            self._remember(weight)
+        return super().train(mode)
+
     def _move_remembered(self, device: torch.device) -> None:
         """Moves what the layer keeps of the statistics of a sharded weight."""
 
@@ -219,8 +230,8 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
             weight._adopt(state)
         elif weight.dtype is not self.quant_storage:
             raise RuntimeError(
-                f"{described(self)}: the weight holds packed 4-bit codes in {self.quant_storage}, but was cast to {weight.dtype}, which destroys them. "
-                f"Under FSDP1 with mixed precision, param_dtype must be the quant_storage of the layers."
+                f"{described(self)}: the weight held packed 4-bit codes in {self.quant_storage}, but was cast to {weight.dtype}, which destroys "
+                "them. Under FSDP1 with mixed precision, param_dtype must be the quant_storage of the layers."
             )
         return _state_on(state, weight.device)
 
@@ -245,24 +256,14 @@ class Holds8bitWeight(_HoldsQuantisedWeight):
 
     parameter_class = Int8Params
 
-    def register_parameter(self, name, param):
-        super().register_parameter(name, param)
-        if name == "weight":
-            self._remember(param)
-
     def _remember(self, weight):
-        if isinstance(weight, Int8Params):
-            self.__dict__["_weight_attributes"] = vars(weight)
+        self.__dict__["_weight_attributes"] = vars(weight)
 
     def _own(self, weight):
         self._remember(weight)
 
     def _installer_when_sharded(self, statistics):
         return lambda: self.__dict__.update(_weight_attributes={"SCB": statistics})
-
-    def train(self, mode: bool = True):
-        self._remember(self.weight)  # programs also write to _parameters
-        return super().train(mode)
 
     def _known_scales(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The scales of int8 codes: the weight's own, or for a plain tensor those that the layer remembers."""

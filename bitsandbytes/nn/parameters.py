@@ -257,8 +257,8 @@ class Params4bit(QuantisedParameter):
             return functional.dequantize_4bit(self.data.reshape(-1, 1), self.quant_state)
         if self.bnb_quantized:
             raise RuntimeError(
-                f"this weight holds packed 4-bit codes ({self.dtype} {list(self.shape)}) without a quant_state, so they have no meaning. A piece of a "
-                "weight has one only if it consists of whole blocks."
+                f"this weight holds packed 4-bit codes ({self.dtype} {list(self.shape)}) without a quant_state, so they have no meaning. "
+                "A piece of a weight has one only if it consists of whole blocks."
             )
         return self.data
 
