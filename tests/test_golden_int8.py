@@ -23,7 +23,7 @@ def recorded():
 
 
 def assert_computes_the_same(layer, name, recorded):
-    """The published operators on this layer's weight give the recorded result; the layer, whose activations have a second digit, a more exact one."""
+    """The published operators on this layer's weight give the recorded result; the layer, whose activations have 16 scales a row, a more exact one."""
     case, result = cases.int8_layers()[name], recorded[f"{name}.result"]
     x = case.x()
     codes, scales, columns = bnb.functional.int8_vectorwise_quant(x, threshold=case.threshold)
@@ -34,7 +34,7 @@ def assert_computes_the_same(layer, name, recorded):
     for training in (True, False):
         with torch.no_grad():
             ours = layer.train(training)(x)
-        assert ours.dtype == result.dtype and (ours.double() - exact).norm() < 0.2 * (result.double() - exact).norm()
+        assert ours.dtype == result.dtype and (ours.double() - exact).norm() < 0.75 * (result.double() - exact).norm()
 
 
 @pytest.mark.parametrize("name", cases.int8_rows())

@@ -87,18 +87,11 @@ BNB_HD int8_t int8_code(float x, float inverse) {
     return int8_t(float_bits(clamped + kRoundingShift) & 0xffu);
 }
 
-// A second digit: what rounding to the first one left, in steps 254 times as fine. Half a step of the first is 127 of the second.
-constexpr float kInt8Digit = 254.0f;
-constexpr float kPerInt8Digit = 1.0f / 254.0f;
-
-BNB_HD int8_t int8_second_digit(float x, float inverse) {
-    const float v = x * inverse;
-    if (!(v == v))
-        return 0;
-    const float clamped = v > kInt8Max ? kInt8Max : v < -kInt8Max ? -kInt8Max : v;
-    const float left = (clamped - float(int8_code(x, inverse))) * kInt8Digit;
-    return int8_t(float_bits(left + kRoundingShift) & 0xffu);
-}
+// The layer's product scales 16 classes of columns of a token apart: column k is of class (k / 4) % 16. That is how the columns meet in the lanes of
+// a vector of 64 codes, so that scaling a class apart costs nothing until the lanes are added up.
+constexpr int kInt8Classes = 16;
+constexpr int kInt8Period = 64; // columns after which the classes repeat
+BNB_HD int int8_class(int64_t column) { return int(column / 4 % kInt8Classes); }
 
 // Element 2j lives in the high nibble of byte j, element 2j+1 in the low one.
 BNB_HD int get_nibble(const uint8_t* packed, int64_t i) { return (i & 1) ? packed[i >> 1] & 15 : packed[i >> 1] >> 4; }

@@ -1,12 +1,9 @@
-// LLM.int8(): out[M, N] = A . dequantised(CB)^T + bias, with the activations quantised row by row and their outlier columns in floating point.
+// LLM.int8(): out[M, N] = A . dequantised(CB)^T + bias, with the activations quantised and their outlier columns in floating point.
 //
-// One entry is sum_k(qa qb) * stat_m * SCB_n / 127^2, the sum exact in 32-bit integers, plus sum_j(a_mj * fl(fl(qb_nj SCB_n) / 127)) over the outlier
-// columns j, plus the bias, all fp32, rounded once. The weight is read where it lies, N K bytes, once for every few hundred tokens; A is read twice,
-// its codes and what its outlier columns hold stay in a cache.
-//
-// Activations that come as codes have one digit each. Those quantised here have two, qa + qa' / 254: the product is then as exact as one with the
-// activations themselves, for twice the multiplications, which the multipliers for bytes still finish before those for bfloat16 would do half of
-// them, and a few tokens wait for the weight anyway. A token with two digits is multiplied as two tokens, whose sums meet when they are scaled.
+// One entry is sum_c(stat_mc * sum_{k of class c}(qa qb)) * SCB_n / 127^2, the inner sums exact in 32-bit integers, plus
+// sum_j(a_mj * fl(fl(qb_nj SCB_n) / 127)) over the outlier columns j, plus the bias, all fp32, rounded once. Activations that come as codes have one
+// statistic a token, and their sum over all columns is exact. The weight is read where it lies, N K bytes, once for every few hundred tokens; A is
+// read twice, its codes and what its outlier columns hold stay in a cache.
 //
 // The work is a line of tiles, panel of the weight after panel of the weight; threads take stretches of it. K is never split: the result does not
 // depend on the number of threads.
@@ -23,14 +20,11 @@ static_assert(kDotTokens <= kPanelTokens, "one tile of the outliers' product ser
 // The tokens that are multiplied together.
 struct Tokens {
     int64_t first, count;
-    int64_t digits;             // of each: one or two
-    const DotActivation* codes; // of each digit of each token a row of `stride`
+    const DotActivation* codes; // of each a row of `stride`
     int64_t stride;
-    const float* stats;
-    const uint32_t* corrections; // of each digit of each token
-    const float* outliers;       // of each token a row of as many as there are outlier columns
-
-    TokenTiles tiles() const { return TokenTiles::of(count, kDotTokens / digits); }
+    const float* scales;         // of each kLaneScales; or the statistic of each, for those that came as codes
+    const uint32_t* corrections; // of each W for every stretch of K; or one
+    const float* outliers;       // of each a row of as many as there are outlier columns
 };
 
 struct OutlierColumns {
@@ -54,14 +48,25 @@ class ProductWorker {
             gather_weights(row, rows);
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t token = tiles.begin(tile), count = tiles.size(tile);
+            const DotActivation* codes = tokens.codes + token * tokens.stride;
+            DotSource source{args_.CB + row * args_.K, codes, tokens.stride, args_.K, nullptr, nullptr};
+            if (args_.codes == nullptr) {
+                float sums[kDotTokens * kDotPanel];
+                source.scales = tokens.scales + token * kLaneScales;
+                source.corrections = tokens.corrections + token * stretches_of(args_.K) * W;
+                dot_panel(source, rows, count, sums);
+                write_floats(tokens, token, count, row, rows, [&](int64_t t, int64_t lane, const ScaleSources& from, int64_t width, auto* out) {
+                    scale_row(sums + t * kDotPanel + lane, from, width, out);
+                });
+                continue;
+            }
             uint32_t sums[kDotTokens * kDotPanel];
-            const DotActivation* codes = tokens.codes + token * tokens.digits * tokens.stride;
-            dot_panel(args_.CB + row * args_.K, rows, codes, tokens.stride, count * tokens.digits, args_.K, sums);
+            dot_panel(source, rows, count, sums);
             if (args_.SCB == nullptr)
                 write_integers(tokens, token, count, row, rows, sums);
             else
-                with_element_type(args_.dtype, [&](auto* element) {
-                    write_floats<std::remove_pointer_t<decltype(element)>>(tokens, token, count, row, rows, sums);
+                write_floats(tokens, token, count, row, rows, [&](int64_t t, int64_t lane, const ScaleSources& from, int64_t width, auto* out) {
+                    scale_row(sums + t * kDotPanel + lane, tokens.corrections[token + t], tokens.scales[token + t], from, width, out);
                 });
         }
     }
@@ -92,8 +97,16 @@ class ProductWorker {
         }
     }
 
-    template <typename T>
-    void write_floats(const Tokens& tokens, int64_t token, int64_t count, int64_t row, int64_t rows, const uint32_t* sums) const {
+    template <typename Scale>
+    void write_floats(const Tokens& tokens, int64_t token, int64_t count, int64_t row, int64_t rows, const Scale& scale) const {
+        with_element_type(args_.dtype, [&](auto* element) {
+            write_floats_as<std::remove_pointer_t<decltype(element)>>(tokens, token, count, row, rows, scale);
+        });
+    }
+
+    // scale(t, lane, from, width, out) writes `width` entries of the tile's token t, from the panel's row `lane` on.
+    template <typename T, typename Scale>
+    void write_floats_as(const Tokens& tokens, int64_t token, int64_t count, int64_t row, int64_t rows, const Scale& scale) const {
         const int64_t J = columns_.count;
         const float* cells = cells_;
         for (int64_t lane = 0; lane < rows; lane += kPanelLanes) {
@@ -106,12 +119,7 @@ class ProductWorker {
             for (int64_t t = 0; t < count; ++t) {
                 const ScaleSources from{args_.SCB + row + lane, args_.bias != nullptr ? args_.bias + row + lane : nullptr,
                                         J > 0 ? outliers + t * vectors * W : nullptr};
-                T* out = static_cast<T*>(args_.out) + (tokens.first + token + t) * args_.N + row + lane;
-                const int64_t digits = tokens.digits;
-                const uint32_t* first = sums + t * digits * kDotPanel + lane;
-                const uint32_t* corrections = tokens.corrections + (token + t) * digits;
-                const RowSums row_sums{first, corrections[0], digits == 2 ? first + kDotPanel : nullptr, corrections[digits - 1]};
-                scale_row(row_sums, tokens.stats[token + t], from, width, out);
+                scale(t, lane, from, width, static_cast<T*>(args_.out) + (tokens.first + token + t) * args_.N + row + lane);
             }
         }
     }
@@ -136,9 +144,9 @@ constexpr int64_t kReadingAByte = 8, kFloatProduct = 8;
 constexpr int64_t kCostPerThread = int64_t(2) << 20; // waking and joining a thread
 
 int32_t multiply_tokens(const Int8ProductArgs& args, const OutlierColumns& columns, const Tokens& tokens) {
-    const TokenTiles tiles = tokens.tiles();
+    const TokenTiles tiles = TokenTiles::of(tokens.count, kDotTokens);
     const int64_t panel_rows = rows_of_panel(args.K, tiles.count);
-    const int64_t tokens_of_tile = ceil_div(tokens.count, tiles.count) * tokens.digits;
+    const int64_t tokens_of_tile = ceil_div(tokens.count, tiles.count);
     const int64_t cost_of_tile = panel_rows * (args.K * (kReadingAByte + tokens_of_tile) + kFloatProduct * columns.count * tokens_of_tile + 1);
     const int64_t grain = ceil_div(kCostPerThread, cost_of_tile);
     return try_parallel(ceil_div(args.N, panel_rows) * tiles.count, grain, args.threads, [&](int64_t begin, int64_t end) -> int32_t {
@@ -159,14 +167,15 @@ int32_t multiply_tokens(const Int8ProductArgs& args, const OutlierColumns& colum
 class Preparation {
   public:
     Preparation(const Int8ProductArgs& args, int64_t outliers)
-        : args_(args), digits_(args.codes != nullptr ? 1 : 2), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes),
+        : args_(args), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes),
+          scales_(args.codes != nullptr ? 1 : kLaneScales), sums_(args.codes != nullptr ? 1 : stretches_of(args.K) * W),
           chunk_(smaller(args.M, most_tokens())),
           scratch_(size_t(chunk_ * bytes_of_token() + outliers * int64_t(sizeof(int64_t))) + 6 * Scratch::kAlignment) {
         column_ = take<int64_t>(outliers);
-        codes_ = take<DotActivation>(chunk_ * digits_ * stride_);
-        bytes_ = take<int8_t>(chunk_ * digits_ * stride_);
-        stats_ = take<float>(chunk_);
-        corrections_ = take<uint32_t>(chunk_ * digits_);
+        codes_ = take<DotActivation>(chunk_ * stride_);
+        bytes_ = take<int8_t>(chunk_ * stride_);
+        lane_scales_ = take<float>(chunk_ * scales_);
+        corrections_ = take<uint32_t>(chunk_ * sums_);
         values_ = take<float>(chunk_ * outliers);
     }
 
@@ -188,30 +197,22 @@ class Preparation {
         parallel_for(count, ceil_div(kProductsPerThread / 16, K + 1), args_.threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t token = begin; token < end; ++token) {
                 const T* x = static_cast<const T*>(args_.A) + (first + token) * K;
-                int8_t* digits = bytes_ + token * digits_ * stride_;
-                if (args_.codes == nullptr) {
-                    stats_[token] = row_statistic(x, K, args_.limit);
-                    row_digits(x, K, stats_[token], is_outlier, digits, digits + stride_);
-                } else if (args_.row_stats != nullptr) {
-                    stats_[token] = args_.row_stats[first + token];
-                }
-                for (int64_t digit = 0; digit < digits_; ++digit) {
-                    const int8_t* codes = args_.codes != nullptr ? args_.codes + (first + token) * K : digits + digit * stride_;
-                    const int64_t row = token * digits_ + digit;
-                    corrections_[row] = pack_codes(codes, K, stride_, codes_ + row * stride_);
-                }
+                if (args_.codes == nullptr)
+                    quantise(x, is_outlier, token);
+                else
+                    take_codes(first, token);
                 for (int64_t j = 0; j < outliers_; ++j)
                     values_[token * outliers_ + j] = to_float(x[columns.column[j]]);
             }
         });
-        return {first, count, digits_, codes_, stride_, stats_, corrections_, values_};
+        return {first, count, codes_, stride_, lane_scales_, corrections_, values_};
     }
 
   private:
     static constexpr int64_t kMostBytes = 4 << 20;
 
     int64_t bytes_of_token() const {
-        return digits_ * (stride_ * int64_t(sizeof(DotActivation) + sizeof(int8_t)) + 4) + outliers_ * int64_t(sizeof(float)) + 4;
+        return stride_ * int64_t(sizeof(DotActivation) + sizeof(int8_t)) + (outliers_ + scales_ + sums_) * int64_t(sizeof(float));
     }
 
     int64_t most_tokens() const {
@@ -219,17 +220,34 @@ class Preparation {
         return fitting > least ? fitting : least;
     }
 
+    template <typename T> void quantise(const T* x, const uint8_t* is_outlier, int64_t token) const {
+        const ClassScales scales = class_scales(x, args_.K, args_.limit);
+        int8_t* codes = bytes_ + token * stride_;
+        class_codes(x, args_.K, scales, is_outlier, codes);
+        DotActivation* packed = codes_ + token * stride_;
+        pack_codes(codes, args_.K, stride_, packed);
+        lane_corrections(packed, args_.K, corrections_ + token * sums_);
+        lane_scales(scales.scale, lane_scales_ + token * scales_);
+    }
+
+    void take_codes(int64_t first, int64_t token) const {
+        const int8_t* codes = args_.codes + (first + token) * args_.K;
+        pack_codes(codes, args_.K, stride_, codes_ + token * stride_);
+        corrections_[token] = total_correction(codes, args_.K);
+        lane_scales_[token] = args_.row_stats != nullptr ? args_.row_stats[first + token] : 0.0f;
+    }
+
     template <typename Element> Element* take(int64_t count) {
         return static_cast<Element*>(scratch_.take(size_t(count) * sizeof(Element)));
     }
 
     const Int8ProductArgs& args_;
-    int64_t digits_, outliers_, stride_, chunk_;
+    int64_t outliers_, stride_, scales_, sums_, chunk_;
     Scratch scratch_;
     int64_t* column_;
     DotActivation* codes_;
     int8_t* bytes_;
-    float* stats_;
+    float* lane_scales_;
     uint32_t* corrections_;
     float* values_;
 };

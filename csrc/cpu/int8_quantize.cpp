@@ -93,7 +93,7 @@ void int8_scale_rows(const Int8ScaleArgs& args, int64_t first, int64_t last) {
         auto* out = static_cast<std::remove_pointer_t<decltype(element)>*>(args.out);
         for (int64_t row = first; row < last; ++row) {
             const auto* sums = reinterpret_cast<const uint32_t*>(args.product + row * args.N);
-            scale_row(RowSums{sums, 0, nullptr, 0}, args.row_stats[row], {args.col_stats, args.bias, nullptr}, args.N, out + row * args.N);
+            scale_row(sums, 0, args.row_stats[row], {args.col_stats, args.bias, nullptr}, args.N, out + row * args.N);
         }
     });
 }

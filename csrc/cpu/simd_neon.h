@@ -243,7 +243,7 @@ BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) {
     return {vdotq_s32(sum.v, w.v, x.v)};
 #else
     const int16x8_t low = vmull_s8(vget_low_s8(w.v), vget_low_s8(x.v)), high = vmull_high_s8(w.v, x.v);
-    return {vpadalq_s16(vpadalq_s16(sum.v, low), high)};
+    return {vaddq_s32(sum.v, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))};
 #endif
 }
 
