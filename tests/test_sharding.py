@@ -282,6 +282,19 @@ def scenario_fsdp1(kind, rank, folder):
     return results
 
 
+def scenario_fsdp1_mixed(kind, rank, folder):
+    """Mixed precision in the dtype of the storage, as recipes for FSDP1 have it."""
+    model = nn.Sequential(bnb.nn.LinearNF4(64, 64, bias=False, quant_storage=torch.bfloat16), nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        for i, layer in enumerate(model):
+            layer.weight.copy_(bell(64 * 64, seed=i + 1).view(64, 64))
+    model.to("cpu").bfloat16()
+    x = bell(2 * 64).view(2, 64).bfloat16()
+    expected = model(x).detach()
+    options = dict(device_id=torch.device("cpu"), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16), use_orig_params=True)
+    return expected, FSDP1(model, **options)(x).detach()
+
+
 def scenario_fsdp1_cast(kind, rank, folder):
     layer = bnb.nn.LinearNF4(64, 64, bias=False, quant_storage=torch.float16).to("cpu")
     model = FSDP1(nn.Sequential(layer), device_id=torch.device("cpu"), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
@@ -315,6 +328,7 @@ SCENARIOS = [
     *((scenario_accelerate, kind) for kind in ("uint8", "bf16", "fp32")),
     *((scenario_refused, kind) for kind in ("uint8", "int8")),
     *((scenario_fsdp1, kind) for kind in ("uint8", "bf16", "fp32", "int8")),
+    (scenario_fsdp1_mixed, "bf16"),
     (scenario_fsdp1_cast, "fp16"),
     (scenario_trained_int8, "int8"),
 ]
@@ -501,6 +515,11 @@ def test_fsdp1(results, kind):
             torch.testing.assert_close(other(batch()).detach(), after, rtol=1e-4, atol=1e-4)
 
 
+def test_fsdp1_with_mixed_precision_in_the_dtype_of_the_storage(results):
+    for expected, y in results("fsdp1_mixed", "bf16"):
+        assert_same_bits(y, expected)
+
+
 def test_fsdp1_with_another_dtype_than_the_storage_says_so(results):
     """It casts what it flattens; there is no hook to keep codes out of that."""
     for message in results("fsdp1_cast", "fp16"):
@@ -541,7 +560,7 @@ def test_4bit_codes_in_a_plain_parameter_get_their_statistics_back():
 def test_a_gathered_weight_is_a_weight_like_any_other(storage):
     """One process is enough, and must be one of its own: it joins a process group."""
     done = run_python(
-        "import sys, torch, torch.distributed as dist, bitsandbytes as bnb\n"
+        "import copy, io, sys, torch, torch.distributed as dist, bitsandbytes as bnb\n"
         "from torch.distributed.device_mesh import init_device_mesh\n"
         "from torch.distributed.fsdp import fully_shard\n"
         "torch.set_num_threads(1)\n"
@@ -557,6 +576,11 @@ def test_a_gathered_weight_is_a_weight_like_any_other(storage):
         "again = bnb.nn.Params4bit(dense, **{**vars(weight), 'bnb_quantized': False}).to('cpu')\n"
         "assert again.quant_type == 'nf4' and again.dtype is weight.dtype and again.compress_statistics\n"
         "layer.reshard()\n"
+        "shard, file = layer.weight._local_tensor, io.BytesIO()\n"
+        "assert copy.deepcopy(shard).attributes['quant_state'] == weight.quant_state\n"
+        "torch.save(shard, file); file.seek(0)\n"
+        "assert type(torch.load(file)) is torch.Tensor\n"
+        "assert type(layer.weight.to_local()) is torch.Tensor\n"
         "assert torch.equal(torch.compile(layer, backend='aot_eager')(x), expected)\n"
         "dist.destroy_process_group()\n"
         "print('fine')\n",

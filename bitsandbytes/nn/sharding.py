@@ -6,6 +6,8 @@ part of a ``Params4bit`` is therefore a ``WeightShard``: it remembers what it is
 codes as they are and make a ``Params4bit`` of them again. The statistics are small and stay whole in every process.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,10 @@ class WeightShard(Tensor):
 
     def __reduce_ex__(self, protocol):  # what is written to disk is the codes
         return self._codes().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        memo[id(self)] = result = WeightShard.of(self._codes().clone(), copy.deepcopy(self.attributes, memo))
+        return result
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """What this process sends: its codes, as many as those of the others. Called by FSDP2."""
