@@ -189,6 +189,24 @@ def test_many_elements_use_the_lookup_table_and_few_do_not(lib):
             case = case.stepped_by(native.optimizer_step)
 
 
+@pytest.mark.parametrize(
+    "code", [SIGNED, UNSIGNED, torch.linspace(-1, 1, 256), torch.linspace(0, 1, 257)[1:]], ids=["signed", "unsigned", "linear", "without zero"]
+)
+def test_codes_next_to_every_threshold(lib, code):
+    thresholds = (code[:-1] + code[1:]) * 0.5
+    near = (thresholds.view(torch.int32)[:, None] + torch.arange(-40, 41, dtype=torch.int32)).flatten().view(torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    anywhere = torch.randn(100_000, generator=generator) * 2.0 ** torch.randint(-130, 1, (100_000,), generator=generator)
+    wanted = torch.cat([near, -near, anywhere]).clamp(-1, 1)
+    blocks = -(-len(wanted) // 255)
+    values = torch.ones(blocks, 256)  # the first of a block makes its scale 1
+    values[:, 1:] = torch.cat([wanted, torch.zeros(blocks * 255 - len(wanted))]).view(blocks, 255)
+    case = make_case("lion", {"beta2": 0.0}, [values.numel()], 8, weight_decay=0.0)  # without memory the moment is the gradient
+    case.qmaps, case.g = [code.clone()], [values.flatten()]
+    assert_steps_like_the_reference(case)
+    assert case.stepped_by(native.optimizer_step).absmax[0].eq(1.0).all()
+
+
 @pytest.mark.parametrize("length", [300, 40_000])
 def test_any_ascending_code(lib, length):
     generator = torch.Generator().manual_seed(3)

@@ -1,7 +1,7 @@
 // Argument checks, the split over threads, and the call into the kernels.
 #include "api.h"
 #include "arguments.h"
-#include "cell_cache.h"
+#include "code_tables.h"
 
 #include "../common/status.h"
 #include "../cpu/dispatch.h"

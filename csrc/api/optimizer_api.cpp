@@ -1,7 +1,7 @@
 // Optimizers: argument checks, the scalars of a step, the split over threads, and the call into the kernels.
 #include "api.h"
 #include "arguments.h"
-#include "cell_cache.h"
+#include "code_tables.h"
 
 #include "../common/status.h"
 #include "../cpu/dispatch.h"
@@ -91,7 +91,8 @@ OptimizerScalars scalars_of(const OptimizerSettings& s, double factor) {
 
 // The arguments that all parameters share. False: a code is not ascending. `midpoints` is memory for them.
 bool prepare(const OptimizerSettings& settings, double factor, int64_t elements, float (*midpoints)[255], OptimizerArgs& args) {
-    static thread_local CellCache caches[kMostMoments];
+    static thread_local CellCache cell_caches[kMostMoments];
+    static thread_local LineCache line_caches[kMostMoments];
     args.scalars = scalars_of(settings, factor);
     args.algorithm = OptimizerAlgorithm(settings.algorithm);
     args.dtype = DType(settings.dtype);
@@ -109,7 +110,11 @@ bool prepare(const OptimizerSettings& settings, double factor, int64_t elements,
         uint32_t negatives = 0;
         for (int i = 0; i < 256; ++i)
             negatives += float_bits(values[i]) >> 31;
-        args.codes[k] = {values, midpoints[k], caches[k].find(midpoints[k], elements), negatives & 0xffu};
+        negatives &= 0xffu; // all of one sign: none
+        const CellTable* cells = cell_caches[k].find(midpoints[k], elements);
+        const LineTable* lines = cells != nullptr ? line_caches[k].find(midpoints[k], elements) : nullptr;
+        const bool agrees = lines != nullptr && uint32_t(lines->negatives) == negatives;
+        args.codes[k] = {values, midpoints[k], cells, agrees ? lines : nullptr, negatives};
     }
     return true;
 }

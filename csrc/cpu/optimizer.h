@@ -7,12 +7,14 @@
 namespace bnb {
 
 struct CellTable;
+struct LineTable;
 
 // The code of a moment in 8 bits.
 struct MomentCode {
     const float* values;    // 256
     const float* midpoints; // 255
     const CellTable* cells; // the midpoints as a lookup table, or null
+    const LineTable* lines; // the midpoints as pieces of lines, or null; only beside cells
     uint32_t negatives;     // how many values have a minus sign, 0 where all have one
 };
 

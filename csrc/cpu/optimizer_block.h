@@ -54,26 +54,63 @@ static void read_codes(const MomentCode& code, const uint8_t* codes, float absma
     fill_up(out, count);
 }
 
+// Finds codes that keep the sign of x, see keep_sign. v is x divided by the largest magnitude, and may lie a rounding error beyond 1.
+template <typename Finder> struct KeepingSign {
+    Finder finder;
+    I32 minus_negatives;
+    bool has_negatives;
+
+    KeepingSign(const Finder& finder, uint32_t negatives)
+        : finder(finder), minus_negatives(splat_bits(0u - negatives)), has_negatives(negatives != 0) {}
+
+    inline I32 code(F32 v, F32 x) const {
+        const I32 found = finder.code(min(max(v, splat(-1.0f)), splat(1.0f)));
+        if (!has_negatives)
+            return found;
+        const F32 zero = splat(0.0f);
+        const I32 is_below = shift_right<31>(add_bits(found, minus_negatives));
+        const I32 move_down = select(less(x, zero), add_bits(is_below, splat_bits(~0u)), splat_bits(0));
+        return add_bits(found, select(less(zero, x), is_below, move_down));
+    }
+};
+
+#if defined(BNB_HAS_TABLE32)
+struct KeepingSignByLines {
+    ByLines lines;
+    KeepingSign<ByCell> cells; // for the few that lines leave open
+
+    inline I32 code(F32 v, F32 x) const {
+        bool is_sure;
+        const I32 found = lines.code(v, x, is_sure);
+        return is_sure ? found : cells.code(v, x);
+    }
+};
+#endif
+
 template <typename Finder>
 static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, float absmax, uint8_t* out) {
     const float inverse = inverse_absmax(absmax);
-    const F32 zero = splat(0.0f), one = splat(1.0f), minus_one = splat(-1.0f), scale = splat(inverse);
-    const I32 minus_negatives = splat_bits(0u - code.negatives), none = splat_bits(0), down = splat_bits(~0u);
+    const F32 scale = splat(inverse);
     int64_t i = 0;
     if (is_ordinary(absmax, inverse)) {
         for (; i + W <= count; i += W) {
             const F32 value = load(x + i);
-            I32 found = finder.code(min(max(mul(value, scale), minus_one), one));
-            if (code.negatives != 0) {
-                const I32 is_below = shift_right<31>(add_bits(found, minus_negatives));
-                const I32 move_down = select(less(value, zero), add_bits(is_below, down), none);
-                found = add_bits(found, select(less(zero, value), is_below, move_down));
-            }
-            store_bytes(out + i, found);
+            store_bytes(out + i, finder.code(mul(value, scale), value));
         }
     }
     for (; i < count; ++i)
         out[i] = uint8_t(keep_sign(blockwise_code(code.midpoints, normalise(x[i], inverse)), x[i], int(code.negatives)));
+}
+
+static void write_moment(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
+    if (code.cells == nullptr)
+        return write_codes(code, KeepingSign<BySearch>(BySearch(code.midpoints), code.negatives), x, count, absmax, out);
+    const KeepingSign<ByCell> by_cell(ByCell(*code.cells), code.negatives);
+#if defined(BNB_HAS_TABLE32)
+    if (code.lines != nullptr)
+        return write_codes(code, KeepingSignByLines{ByLines(*code.lines), by_cell}, x, count, absmax, out);
+#endif
+    write_codes(code, by_cell, x, count, absmax, out);
 }
 
 // Codes cannot say NaN, and an infinite scale would spoil the other elements of the block: an element with a moment that is NaN or infinite starts
@@ -147,10 +184,7 @@ static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor
         const MomentCode& code = args.codes[k];
         uint8_t* out = static_cast<uint8_t*>(tensor.moments[k]) + block.begin;
         tensor.absmax[k][index] = absmax[k];
-        if (code.cells != nullptr)
-            write_codes(code, ByCell(*code.cells), block.moments[k], block.count, absmax[k], out);
-        else
-            write_codes(code, BySearch(code.midpoints), block.moments[k], block.count, absmax[k], out);
+        write_moment(code, block.moments[k], block.count, absmax[k], out);
     }
 }
 

@@ -28,6 +28,12 @@ struct Table16 {
     __m512 v;
 };
 
+#define BNB_HAS_TABLE32 // and what find_code.h needs beside it: any(m), beside_whole(v)
+
+struct Table32 {
+    __m512 low, high;
+};
+
 struct Table256 {
     __m512 v[16];
 };
@@ -102,6 +108,7 @@ BNB_INLINE Mask differ(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP
 BNB_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 BNB_INLINE I32 select(Mask m, I32 a, I32 b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 
+BNB_INLINE bool any(Mask m) { return m.v != 0; }
 BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm512_maskz_mov_epi32(__mmask16(~m.v), a.v)}; }
 
 BNB_INLINE I32 twice_plus(I32 a, Mask m) {
@@ -111,6 +118,9 @@ BNB_INLINE I32 twice_plus(I32 a, Mask m) {
 
 BNB_INLINE Table8 load_table8(const float* p) { return {_mm512_castps256_ps512(_mm256_loadu_ps(p))}; }
 BNB_INLINE Table16 load_table16(const float* p) { return {_mm512_loadu_ps(p)}; }
+BNB_INLINE F32 beside_whole(F32 a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; } // a less the nearest whole number
+BNB_INLINE Table32 load_table32(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+BNB_INLINE F32 lookup32(const Table32& table, I32 index) { return {_mm512_permutex2var_ps(table.low, index.v, table.high)}; }
 BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 

@@ -1,0 +1,160 @@
+#include "lines.h"
+
+#include "../common/quantize.h"
+
+#include <math.h>
+
+namespace bnb {
+namespace {
+
+constexpr int kMidpoints = 255;
+constexpr int kMostSegments = 16;
+constexpr double kFit = kLineTolerance / 4; // the rest is for rounding
+
+// The thresholds of one sign in ascending order of their magnitudes.
+struct Side {
+    bool negative;
+    int count;
+    double magnitude[kMidpoints];
+
+    Side(const float* midpoints, bool negative) : negative(negative), count(0) {
+        for (int i = 0; i < kMidpoints; ++i) {
+            const float m = negative ? -midpoints[kMidpoints - 1 - i] : midpoints[i];
+            if (negative ? m > 0.0f : m >= 0.0f)
+                magnitude[count++] = m;
+        }
+    }
+
+    // How many of the thresholds from `first` on lie on a line.
+    int length_of_line(int first) const {
+        double flattest = 0.0, steepest = INFINITY; // slopes that pass all thresholds so far
+        int next = first + 1;
+        for (; next < count; ++next) {
+            const double distance = magnitude[next] - magnitude[first], rise = next - first;
+            flattest = fmax(flattest, (rise - kFit) / distance);
+            steepest = fmin(steepest, (rise + kFit) / distance);
+            if (flattest > steepest)
+                break;
+        }
+        return next - first;
+    }
+
+    // The fewest cuts that leave straight lines between them. Returns their number; cuts[] are indices of thresholds.
+    int find_cuts(int* cuts) const {
+        int needed[kMidpoints + 2], length[kMidpoints + 2];
+        needed[count] = needed[count + 1] = 0;
+        for (int first = count - 1; first >= 0; --first) {
+            length[first] = 0;
+            needed[first] = 1 + needed[first + 1];
+            const int longest = length_of_line(first);
+            for (int tried = 1; tried <= longest; ++tried) {
+                const int end = first + tried;
+                const int total = end == count ? 0 : 1 + needed[end + 1];
+                if (total <= needed[first]) {
+                    needed[first] = total;
+                    length[first] = tried;
+                }
+            }
+        }
+        int found = 0;
+        for (int first = 0; first + (first < count ? length[first] : 0) < count; first = cuts[found - 1] + 1)
+            cuts[found++] = first + length[first];
+        return found;
+    }
+};
+
+struct Cuts {
+    int count = 0;
+    float at[2 * kMidpoints];
+
+    void add(float magnitude) {
+        int i = count;
+        while (i > 0 && at[i - 1] > magnitude)
+            --i;
+        if (i > 0 && at[i - 1] == magnitude)
+            return;
+        for (int k = count++; k > i; --k)
+            at[k] = at[k - 1];
+        at[i] = magnitude;
+    }
+};
+
+bool find_octaves(const Cuts& cuts, LineTable& table) {
+    for (int i = 0; i < 32; ++i) {
+        table.segment[i] = 0;
+        table.cut[i] = kInfinityBits;
+    }
+    for (int i = 0; i < cuts.count; ++i) {
+        const uint32_t bits = float_bits(cuts.at[i]), octave = bits >> 23;
+        if (octave < kLowestOctave || octave > 127 || table.cut[octave & 31] != kInfinityBits)
+            return false;
+        table.cut[octave & 31] = bits;
+        for (uint32_t later = octave + 1; later <= 127; ++later)
+            ++table.segment[later & 31];
+    }
+    return true;
+}
+
+// The line of a segment through its thresholds, those from `first` to `end`. A negative number has no code of a positive one, see keep_sign.
+void fit_line(const float* midpoints, int first, int end, LineTable& table, int index) {
+    const bool is_negative = index >= kMostSegments;
+    double slope = 0.0, offset = first + 0.5;
+    if (end - first == 1) { // any rising line through the only threshold
+        slope = 0.25 / (fabs(double(midpoints[first])) + 1e-30);
+        offset = first + 1.0 - slope * midpoints[first];
+    } else if (end - first > 1) {
+        slope = double(end - 1 - first) / (double(midpoints[end - 1]) - double(midpoints[first]));
+        offset = first + 1.0 - slope * midpoints[first];
+    }
+    table.slope[index] = float(slope);
+    table.offset[index] = float(offset);
+    table.low[index] = first + 0.5f;
+    table.high[index] = (is_negative && end == table.negatives && end > 0 ? end - 1 : end) + 0.5f;
+}
+
+// Whether the table's line goes through the thresholds as the kernels compute it.
+bool fits(const float* midpoints, int first, int end, const LineTable& table, int index) {
+    for (int i = first; i < end; ++i)
+        if (!(fabsf(fmaf(table.slope[index], midpoints[i], table.offset[index]) - float(i + 1)) < kLineTolerance))
+            return false;
+    return table.slope[index] < 1e30f;
+}
+
+} // namespace
+
+bool build_lines(const float* midpoints, LineTable& table) {
+    table.negatives = 0;
+    for (int i = 0; i < kMidpoints; ++i) {
+        if (midpoints[i] == 0.0f || !(magnitude(midpoints[i]) < INFINITY))
+            return false;
+        table.negatives += midpoints[i] < 0.0f;
+    }
+    Cuts cuts;
+    for (int negative = 0; negative < 2; ++negative) {
+        const Side side(midpoints, negative != 0);
+        int found[kMidpoints];
+        const int count = side.find_cuts(found);
+        for (int i = 0; i < count; ++i)
+            cuts.add(float(side.magnitude[found[i]]));
+    }
+    if (cuts.count >= kMostSegments || !find_octaves(cuts, table))
+        return false;
+    for (int segment = 0; segment <= cuts.count; ++segment) {
+        const float lower = segment > 0 ? cuts.at[segment - 1] : 0.0f, upper = segment < cuts.count ? cuts.at[segment] : INFINITY;
+        int below_lower = 0, below_upper = 0, above_upper = 0, above_lower = 0; // thresholds on either side, of both signs
+        for (int i = 0; i < kMidpoints; ++i) {
+            below_lower += midpoints[i] <= lower && (segment > 0 || midpoints[i] < 0.0f);
+            below_upper += midpoints[i] < upper;
+            above_upper += midpoints[i] <= -upper;
+            above_lower += midpoints[i] < -lower;
+        }
+        const int negative_segment = segment + kMostSegments;
+        fit_line(midpoints, below_lower, below_upper, table, segment);
+        fit_line(midpoints, above_upper, above_lower, table, negative_segment);
+        if (!fits(midpoints, below_lower, below_upper, table, segment) || !fits(midpoints, above_upper, above_lower, table, negative_segment))
+            return false;
+    }
+    return true;
+}
+
+} // namespace bnb

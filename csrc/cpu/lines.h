@@ -1,0 +1,28 @@
+// The thresholds of an 8-bit code as pieces of straight lines: where neighbouring values are equally far apart, the code of v is the whole part of
+// slope * v + offset.
+//
+// The magnitudes from 0 to 1 are cut into at most 16 segments, at most once within an octave. A cut is made exactly at a threshold; a segment has a line
+// for each sign. The dynamic maps, whose values are spaced evenly within each power of ten, need nine segments. A line only fits to within kTolerance,
+// so a result this near to a whole number says nothing: the cell table then decides. Everywhere else the whole part is exact, since lines rise.
+#pragma once
+
+#include "../common/types.h"
+
+namespace bnb {
+
+struct LineTable {
+    // For each octave, by the low five bits of its exponent: the segment at its lower end, and the bits of the magnitude beyond which the next begins.
+    uint32_t segment[32], cut[32];
+    // For each segment, those of negative numbers in the second half. `low` and `high` keep results half a step within the codes of the segment.
+    float slope[32], offset[32], low[32], high[32];
+    int negatives; // thresholds below zero
+};
+
+constexpr float kLineTolerance = 1.0f / 4096.0f;
+constexpr uint32_t kLowestOctave = 96; // smaller magnitudes are in the segment of 2^-31
+
+// For codes that keep the sign of what they encode (keep_sign, with this many negative values). False, table unusable: the code is not made of such
+// pieces.
+bool build_lines(const float* midpoints, LineTable& table);
+
+} // namespace bnb
