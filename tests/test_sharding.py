@@ -621,6 +621,25 @@ def test_parts_keep_nested_statistics_where_their_blocks_begin():
     assert not bnb.nn.shard_4bit(whole, 1, 1, 2).quant_state.nested
 
 
+def test_stacks_are_divided_along_their_first_dimension():
+    whole = quantised((4, 6, 32), compress_statistics=True)
+    parts = [bnb.nn.shard_4bit(whole, 0, rank, 2) for rank in range(2)]
+    assert [tuple(part.quant_state.shape) for part in parts] == [(2, 6, 32)] * 2
+    assert_same_bits(torch.cat([part.dequantize() for part in parts]), whole.dequantize())
+    with pytest.raises(ValueError, match="dim must be 0"):
+        bnb.nn.shard_4bit(whole, 1, 0, 2)
+
+
+def test_weights_in_the_layout_of_old_releases():
+    """``shard_4bit`` brings them back to the canonical one. In theirs a piece is not a run of bytes."""
+    plain = quantised((64, 128), compress_statistics=False)
+    codes, state = bnb.functional._convert_weight_packed_for_cpu(plain.data, copy.copy(plain.quant_state))
+    weight = bnb.nn.Params4bit(codes, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    part, expected = (bnb.nn.shard_4bit(w, 0, 1, 2) for w in (weight, plain))
+    assert_same_bits(part.dequantize(), expected.dequantize())
+    assert all(piece.quant_state is None for piece in torch.chunk(weight, 2))
+
+
 def test_a_part_is_the_weight_of_a_layer_of_its_own(tmp_path):
     whole = bnb.nn.LinearNF4(128, 64, bias=False, quant_storage=torch.bfloat16).to("cpu")
     half = bnb.nn.LinearNF4(128, 32, bias=False)

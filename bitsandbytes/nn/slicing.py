@@ -28,8 +28,10 @@ def between(packed: Tensor, state: QuantState, start: int, stop: int) -> tuple[T
         dequantised.
 
     Raises:
-        ValueError: the part does not consist of whole blocks.
+        ValueError: the part does not consist of whole blocks, or the codes are in the layout of old releases for CPUs, whose blocks are scattered.
     """
+    if state.packing_format_for_cpu:
+        raise ValueError("a weight in the CPU layout cannot be cut; bring it back with _convert_weight_packed_for_cpu_inverse first")
     size, count, row = state.blocksize, prod(state.shape), prod(state.shape[1:])
     if start % size or (stop % size and stop != count):
         raise ValueError(
