@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDictType, fully_shard
 import torch.nn.functional as F
@@ -142,6 +143,12 @@ def scenario_forward(kind, rank, folder):
         model.set_reshard_after_forward(reshard)
         outputs.append(model(batch()))
     return [y.detach() for y in outputs]
+
+
+def scenario_hybrid(kind, rank, folder):
+    """Sharded in one dimension of a mesh, replicated in the other."""
+    meshes = [init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")) for shape in ((1, 2), (2, 1))]
+    return [sharded(build(kind), mesh=mesh)(batch()).detach() for mesh in meshes]
 
 
 def scenario_weights(kind, rank, folder):
@@ -323,6 +330,7 @@ def scenario_trained_int8(kind, rank, folder):
 SCENARIOS = [
     *((scenario, kind) for scenario in (scenario_forward, scenario_training, scenario_full, scenario_meta, scenario_checkpoint) for kind in KINDS),
     *((scenario_weights, kind) for kind in KINDS),
+    *((scenario_hybrid, kind) for kind in ("bf16", "int8")),
     *((scenario_cast, kind) for kind in KINDS),
     *((scenario_tied, kind) for kind in ("bf16", "int8")),
     *((scenario_accelerate, kind) for kind in ("uint8", "bf16", "fp32")),
@@ -379,6 +387,13 @@ def test_forward_is_that_of_one_process(results, kind):
     for outputs in results("forward", kind):
         for y in outputs:
             assert_same_bits(y, expected.detach())
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_hybrid_sharding(results, kind):
+    for outputs in results("hybrid", kind):
+        for y in outputs:
+            assert_same_bits(y, build(kind)(batch()).detach())
 
 
 @every_kind
