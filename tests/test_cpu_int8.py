@@ -463,3 +463,14 @@ def test_null_pointers_are_refused_where_there_is_something_to_point_at(library)
     assert library.bnb_cpu_int8_linear(p, p, p, None, float("nan"), None, p, 4, 4, 4, 0, 1) == 1
     columns = np.array([4], np.int64)
     assert library.bnb_cpu_int8_scaled_mm(p, p, p, p, p, columns.ctypes.data, 1, None, p, 4, 4, 4, 0, 1) == 1
+
+
+def test_products_over_no_columns_are_zero(lib):
+    """There is nothing to point at then: null pointers to codes do not mean that codes are to be made."""
+    scales, out = torch.ones(5), torch.full((15,), 7, dtype=torch.int32)
+    assert lib.bnb_cpu_int8_matmul(None, None, out.data_ptr(), 3, 5, 0, 1) == 0
+    assert not out.any()
+    values = torch.full((15,), 7.0)
+    arguments = scales.data_ptr(), scales.data_ptr(), None, None, 0, None, values.data_ptr(), 3, 5, 0, 0, 1
+    assert lib.bnb_cpu_int8_scaled_mm(None, None, *arguments) == 0
+    assert not values.any()

@@ -30,7 +30,7 @@ constexpr int64_t kPrefetchAhead = 512;
 
 // A class is what one lane sums up, of every vector of 64 codes or, where vectors are shorter, of every so many of them: a phase.
 constexpr int kDotPhases = kInt8Period / kDotLanes;
-constexpr int kLaneScales = kDotPhases * W; // of a token: the scale of each lane in each phase
+constexpr int kLaneScales = kDotPhases * W; // of a token: the scale of each lane in each phase, 0 for a lane without a class of its own
 
 // Stretches of K, the last of which may be less than one vector.
 constexpr int64_t whole_vectors(int64_t K) { return K / kDotLanes * kDotLanes; }
@@ -92,7 +92,7 @@ template <int kRows, int kTokens, bool kPartial, typename Sum> static void dot_t
             if constexpr (!kClasses) {
                 return lanes_of(acc[i]);
             } else {
-                I32 sum = lanes_of(acc[i]);
+                I32 sum = sums_of_quads(acc[i]);
                 if constexpr (kDotOffset != 0)
                     sum = add_bits(sum, load_32bit(reinterpret_cast<const uint8_t*>(s.corrections + t * s.correction_stride)));
                 return mul(to_floats(sum), load(s.scales + t * kLaneScales + phase * W));
@@ -183,8 +183,9 @@ template <typename Sum> static void dot_panel(const DotSource& from, int64_t row
 
 // The scales of the lanes from those of the columns of a period.
 [[maybe_unused]] static void lane_scales(const float* of_columns, float* out) {
+    constexpr int kColumns = kInt8Period / kLaneScales; // of a lane
     for (int i = 0; i < kLaneScales; ++i)
-        out[i] = of_columns[i * (kInt8Period / kLaneScales)];
+        out[i] = i * kColumns % 4 == 0 ? of_columns[i * kColumns] : 0.0f;
 }
 
 } // namespace BNB_ISA

@@ -50,7 +50,7 @@ class ProductWorker {
             const int64_t token = tiles.begin(tile), count = tiles.size(tile);
             const DotActivation* codes = tokens.codes + token * tokens.stride;
             DotSource source{args_.CB + row * args_.K, codes, tokens.stride, args_.K, nullptr, nullptr};
-            if (args_.codes == nullptr) {
+            if (args_.quantises) {
                 float sums[kDotTokens * kDotPanel];
                 source.scales = tokens.scales + token * kLaneScales;
                 source.corrections = tokens.corrections + token * stretches_of(args_.K) * W;
@@ -168,7 +168,7 @@ class Preparation {
   public:
     Preparation(const Int8ProductArgs& args, int64_t outliers)
         : args_(args), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes),
-          scales_(args.codes != nullptr ? 1 : kLaneScales), sums_(args.codes != nullptr ? 1 : stretches_of(args.K) * W),
+          scales_(args.quantises ? kLaneScales : 1), sums_(args.quantises ? stretches_of(args.K) * W : 1),
           chunk_(smaller(args.M, most_tokens())),
           scratch_(size_t(chunk_ * bytes_of_token() + outliers * int64_t(sizeof(int64_t))) + 6 * Scratch::kAlignment) {
         column_ = take<int64_t>(outliers);
@@ -197,7 +197,7 @@ class Preparation {
         parallel_for(count, ceil_div(kProductsPerThread / 16, K + 1), args_.threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t token = begin; token < end; ++token) {
                 const T* x = static_cast<const T*>(args_.A) + (first + token) * K;
-                if (args_.codes == nullptr)
+                if (args_.quantises)
                     quantise(x, is_outlier, token);
                 else
                     take_codes(first, token);
@@ -266,7 +266,7 @@ int64_t find_all_outliers(const Int8ProductArgs& args) {
 } // namespace
 
 int32_t int8_product(const Int8ProductArgs& args) {
-    const bool looks_for_outliers = args.codes == nullptr && args.is_outlier != nullptr;
+    const bool looks_for_outliers = args.quantises && args.is_outlier != nullptr;
     Preparation preparation(args, looks_for_outliers ? find_all_outliers(args) : args.outliers);
     if (!preparation.is_ready())
         return kOutOfMemory;

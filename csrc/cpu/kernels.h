@@ -94,7 +94,8 @@ struct Int8ScaleArgs {
 // A . CB^T of int8 matrices, dequantised, plus A's outlier columns times the dequantised columns of CB, plus the bias.
 struct Int8ProductArgs {
     const void* A;           // [M, K] of dtype; may be null where there are codes and no outlier columns
-    const int8_t* codes;     // of A, or null: A is quantised
+    bool quantises;          // A is to be quantised here
+    const int8_t* codes;     // of A otherwise
     const float* row_stats;  // beside the codes
     float limit;             // of quantisation, and its mask of outlier columns, as above
     uint8_t* is_outlier;

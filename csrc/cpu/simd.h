@@ -43,7 +43,9 @@
 //   Dot weights and activations     kDotLanes 8-bit integers to be multiplied in pairs: load_dot_weights(p), load_first_dot_weights(p, n) with 0 for
 //                                   the rest, 0 < n < kDotLanes; load_dot_activations(p) of kDotLanes DotActivations, a type that holds int8
 //   dot(w, x, sum)                  adds the kDotLanes products to a DotSum, modulo 2^32; it starts as no_dots() and ends as lanes_of(sum). Weights
-//                                   count kDotOffset more than they are. Lane i sums columns next to each other, from kDotLanes / W * i on
+//                                   count kDotOffset more than they are. Lane i sums kDotLanes / W
+//                                   columns next to each other. sums_of_quads(sum) has in its first lane, and in every one after so many that hold
+//                                   four columns together, the sum of these four
 #pragma once
 
 #include "../common/types.h"

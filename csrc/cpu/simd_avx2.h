@@ -250,6 +250,10 @@ BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
 
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm256_add_epi32((__m256i)sum.v, _mm256_madd_epi16(w.v, x.v))}; }
+BNB_INLINE I32 sums_of_quads(DotSum sum) {
+    const __m256i v = (__m256i)sum.v;
+    return {_mm256_add_epi32(v, _mm256_shuffle_epi32(v, 0xb1))};
+}
 
 } // namespace BNB_ISA
 } // namespace bnb

@@ -246,6 +246,7 @@ BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return above_zero(_mm51
 BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { return above_zero(_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p)); }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
 BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm512_dpbusd_epi32((__m512i)sum.v, w.v, x.v)}; }
+BNB_INLINE I32 sums_of_quads(DotSum sum) { return lanes_of(sum); }
 #else
 // Products of 16 bits: those of bytes would saturate.
 using DotActivation = int16_t;
@@ -258,6 +259,10 @@ BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
 }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
 BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm512_add_epi32((__m512i)sum.v, _mm512_madd_epi16(w.v, x.v))}; }
+BNB_INLINE I32 sums_of_quads(DotSum sum) {
+    const __m512i v = (__m512i)sum.v;
+    return {_mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB))};
+}
 #endif
 
 } // namespace BNB_ISA

@@ -247,5 +247,7 @@ BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) {
 #endif
 }
 
+BNB_INLINE I32 sums_of_quads(DotSum sum) { return lanes_of(sum); }
+
 } // namespace BNB_ISA
 } // namespace bnb

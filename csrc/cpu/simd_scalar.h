@@ -184,6 +184,7 @@ BNB_INLINE DotVector load_dot_weights(const int8_t* p) { BNB_EACH(DotVector, p[i
 BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { BNB_EACH(DotVector, i < n ? p[i] : 0); }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { BNB_EACH(DotVector, p[i]); }
 BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { BNB_EACH(I32, sum.v[i] + uint32_t(w.v[i] * x.v[i])); }
+BNB_INLINE I32 sums_of_quads(DotSum sum) { return splat_bits((sum.v[0] + sum.v[2]) + (sum.v[1] + sum.v[3])); }
 
 #undef BNB_EACH
 
