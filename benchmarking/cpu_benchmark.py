@@ -44,14 +44,14 @@ QUIET = 0.03  # share of the CPUs that other programs may use
 class Target:
     """The time of a case divided by the time of a baseline is to be at most `limit`.
 
-    `baseline` is "published" (the same case there) or the name of a dense case of this library.
+    `baseline` is "published" (the same case there) or the name of a case that is PyTorch alone.
     """
 
     baseline: str
     limit: float
 
     def __str__(self) -> str:
-        name = "published" if self.baseline == PUBLISHED else "dense"
+        name = "published" if self.baseline == PUBLISHED else "dense" if self.baseline.startswith("nn.") else "torch"
         return f"{1 / self.limit:.3g}x {name}" if self.limit <= 1 else f"{self.limit:.3g} of {name} time"
 
 
@@ -75,6 +75,10 @@ TARGETS: dict[str, list[Target]] = {
     "Linear8bitLt bf16 M=16": [faster(PUBLISHED, 4)],
     "Linear8bitLt bf16 M=128": [faster(PUBLISHED, 2.5), faster("nn.Linear bf16 M=128", 1)],
     "training int8 bf16 M=128": [faster(PUBLISHED, 5)],
+    **{f"{optimizer} step": [faster(PUBLISHED, 10)] for optimizer in ("Adam8bit", "Lion8bit")},
+    "AdamW8bit step": [faster(PUBLISHED, 10), Target("torch AdamW step", 1.5)],
+    "Adam step": [faster(PUBLISHED, 4), Target("torch AdamW step", 1.2)],
+    "AdamW8bit step, 400 x 4096": [faster(PUBLISHED, 30)],
     "Linear4bit 64x64 bf16 M=1": [Target("nn.Linear 64x64 bf16 M=1", 2.5)],
     "SmolLM2 NF4 generate": [faster(PUBLISHED, 1.2)],
 }

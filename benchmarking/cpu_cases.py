@@ -43,7 +43,7 @@ class Case:
     Attributes:
         build: prepares the data and returns the function to time.
         traffic: the bytes that have to be read and written at least once.
-        published: whether the published library is measured too (dense layers are PyTorch alone).
+        published: whether the published library is measured too (dense layers and torch.optim are PyTorch alone).
     """
 
     build: Callable[[], Callable[[], object]]
@@ -152,6 +152,16 @@ def build_generate():
     return partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
+def build_step(optimizer: str, elements: int = SIDE * SIDE, parameters: int = 1):
+    """A step over fp32 parameters. `optimizer` is a class of bitsandbytes.optim, or "torch" for the fused AdamW of PyTorch."""
+    weights = [torch.nn.Parameter(random_matrix("fp32", 1, elements)) for _ in range(parameters)]
+    for weight in weights:
+        weight.grad = random_matrix("fp32", 1, elements) * 1e-3
+    if optimizer == "torch":
+        return torch.optim.AdamW(weights, fused=True).step
+    return getattr(bnb.optim, optimizer)(weights).step
+
+
 # --- the table ---------------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +201,15 @@ def all_cases() -> dict[str, Case]:
     table[f"training int8 bf16 M={TRAINING_ROWS_8BIT}"] = Case(
         partial(build_training, int8_layer, "bf16", TRAINING_ROWS_8BIT), 2 * int8_bytes(elements) + activations
     )
+    # A step reads the gradient, and reads and writes the parameter and its moments: 8-bit ones have an fp32 scale for 256 elements.
+    for optimizer, moments in (("Adam8bit", 2), ("AdamW8bit", 2), ("Lion8bit", 1), ("AdEMAMix8bit", 3), ("LAMB8bit", 2)):
+        table[f"{optimizer} step"] = Case(partial(build_step, optimizer), elements * 12 + 2 * moments * (elements + elements // 64))
+    for optimizer, moments in (("Adam", 2), ("AdamW", 2), ("Lion", 1)):
+        table[f"{optimizer} step"] = Case(partial(build_step, optimizer), elements * (12 + 8 * moments))
+    table["torch AdamW step"] = Case(partial(build_step, "torch"), elements * 28, published=False)
+    table["AdamW8bit step, 400 x 4096"] = Case(partial(build_step, "AdamW8bit", 4096, 400), 400 * (4096 * 16 + 256))
+    table["AdamW step, 400 x 4096"] = Case(partial(build_step, "AdamW", 4096, 400), 400 * 4096 * 28)
+    table["torch AdamW step, 400 x 4096"] = Case(partial(build_step, "torch", 4096, 400), 400 * 4096 * 28, published=False)
     table["Linear4bit 64x64 bf16 M=1"] = Case(partial(build_inference, quantised_layer, "bf16", 1, side=64), packed_bytes(64 * 64) + 256)
     table["nn.Linear 64x64 bf16 M=1"] = Case(partial(build_inference, dense_layer, "bf16", 1, side=64), 64 * 64 * 2 + 256, published=False)
     if "BENCHMARK_MODEL" in os.environ:
