@@ -55,8 +55,12 @@ template <bool kStreams, typename T> void dequantize_blocks_blockwise(const Dequ
         const float absmax = args.absmax[block];
         const F32 scale = splat(absmax);
         int64_t i = 0;
-        for (; i + W <= count; i += W)
-            put<kStreams>(y + i, mul(lookup256(table, codes + i), scale));
+        for (; i + 2 * W <= count; i += 2 * W) {
+            F32 values[2];
+            lookup256_pair(table, codes + i, values);
+            put<kStreams>(y + i, mul(values[0], scale));
+            put<kStreams>(y + i + W, mul(values[1], scale));
+        }
         for (; i < count; ++i)
             y[i] = from_float<T>(args.code[codes[i]] * absmax);
     }

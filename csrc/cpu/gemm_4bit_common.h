@@ -49,8 +49,12 @@ BNB_INLINE int64_t most_blocks(const GemmArgs4bit& args, int64_t rows) { return 
         const int64_t end = smaller((block | 255) + 1, blocks.last + 1); // 256 blocks share one second-level absmax
         const uint8_t* codes = args.absmax_8bit;
         float* out = decoded - blocks.first;
-        for (; block + W <= end; block += W)
-            store(out + block, add(mul(lookup256(code, codes + block), splat(absmax)), splat(offset)));
+        for (; block + 2 * W <= end; block += 2 * W) {
+            F32 values[2];
+            lookup256_pair(code, codes + block, values);
+            store(out + block, add(mul(values[0], splat(absmax)), splat(offset)));
+            store(out + block + W, add(mul(values[1], splat(absmax)), splat(offset)));
+        }
         for (; block < end; ++block)
             out[block] = args.absmax_code[codes[block]] * absmax + offset;
     }

@@ -47,8 +47,12 @@ static void read_codes(const MomentCode& code, const uint8_t* codes, float absma
     const Table256 table = load_table256(code.values);
     const F32 scale = splat(absmax);
     int64_t i = 0;
-    for (; i + W <= count; i += W)
-        store(out + i, mul(lookup256(table, codes + i), scale));
+    for (; i + 2 * W <= count; i += 2 * W) {
+        F32 values[2];
+        lookup256_pair(table, codes + i, values);
+        store(out + i, mul(values[0], scale));
+        store(out + i + W, mul(values[1], scale));
+    }
     for (; i < count; ++i)
         out[i] = code.values[codes[i]] * absmax;
     fill_up(out, count);

@@ -35,7 +35,7 @@ struct Table32 {
 };
 
 struct Table256 {
-    __m512 v[16];
+    __m512i low[8], high[8]; // the lower and the upper 16 bits of the entries
 };
 
 BNB_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
@@ -125,25 +125,35 @@ BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm512_permutexvar_ps(
 BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 
 BNB_INLINE Table256 load_table256(const float* p) {
+    const __m512i even = _mm512_setr_epi32(0x00020000, 0x00060004, 0x000a0008, 0x000e000c, 0x00120010, 0x00160014, 0x001a0018, 0x001e001c, 0x00220020,
+                                           0x00260024, 0x002a0028, 0x002e002c, 0x00320030, 0x00360034, 0x003a0038, 0x003e003c);
+    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
     Table256 table;
-    for (int i = 0; i < 16; ++i)
-        table.v[i] = _mm512_loadu_ps(p + 16 * i);
+    for (int i = 0; i < 8; ++i) {
+        const __m512i first = _mm512_loadu_si512(p + 32 * i), second = _mm512_loadu_si512(p + 32 * i + 16);
+        table.low[i] = _mm512_permutex2var_epi16(first, even, second);
+        table.high[i] = _mm512_permutex2var_epi16(first, odd, second);
+    }
     return table;
 }
 
-// The whole table fits half the registers. A permutation looks up the low five bits of the index in two of them; three rounds of blends, one for each
-// upper bit, choose among the eight results. That is about half the time of a gather.
-BNB_INLINE F32 lookup256(const Table256& table, const uint8_t* p) {
-    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    __m512 chosen[8];
-    for (int i = 0; i < 8; ++i)
-        chosen[i] = _mm512_permutex2var_ps(table.v[2 * i], index, table.v[2 * i + 1]);
-    for (int bit = 5, count = 4; count > 0; ++bit, count /= 2) {
-        const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
-        for (int i = 0; i < count; ++i)
-            chosen[i] = _mm512_mask_mov_ps(chosen[2 * i], upper, chosen[2 * i + 1]);
-    }
-    return {chosen[0]};
+// 32 words out of 256: a permutation looks up the low six bits of the index in two registers, blends choose among the four results.
+BNB_INLINE __m512i lookup_words(const __m512i* words, __m512i index, __mmask32 bit6, __mmask32 bit7) {
+    const __m512i a = _mm512_permutex2var_epi16(words[0], index, words[1]), b = _mm512_permutex2var_epi16(words[2], index, words[3]);
+    const __m512i c = _mm512_permutex2var_epi16(words[4], index, words[5]), d = _mm512_permutex2var_epi16(words[6], index, words[7]);
+    return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(a, bit6, b), bit7, _mm512_mask_mov_epi16(c, bit6, d));
+}
+
+// The halves of the floats are looked up apart, 32 at a time. The table fills half of the registers; this is about a quarter of the time of a gather.
+// Codes are put in the order in which the halves meet again.
+BNB_INLINE void lookup256_pair(const Table256& table, const uint8_t* p, F32* out) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i codes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), order);
+    const __m512i index = _mm512_cvtepu8_epi16(codes);
+    const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64)), bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+    const __m512i low = lookup_words(table.low, index, bit6, bit7), high = lookup_words(table.high, index, bit6, bit7);
+    out[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+    out[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
 
 BNB_INLINE F32 gather(const float* p, I32 index) { return {_mm512_i32gather_ps(index.v, p, 4)}; }

@@ -112,6 +112,11 @@ BNB_INLINE F32 lookup16(const Table16& table, I32 index) { BNB_EACH(F32, table.v
 BNB_INLINE Table256 load_table256(const float* p) { return {p}; }
 BNB_INLINE F32 lookup256(Table256 table, const uint8_t* index) { BNB_EACH(F32, table.p[index[i]]); }
 
+BNB_INLINE void lookup256_pair(Table256 table, const uint8_t* i, F32* out) {
+    out[0] = lookup256(table, i);
+    out[1] = lookup256(table, i + W);
+}
+
 BNB_INLINE F32 gather(const float* p, I32 index) { BNB_EACH(F32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { BNB_EACH(I32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 load_bytes(const uint8_t* p) { BNB_EACH(I32, p[i]); }
