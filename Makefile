@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -q
 # For `make published-tests`: a checkout of the published library's repository (its tests directory is used), and what to run of it.
 PUBLISHED ?=
-PUBLISHED_TESTS ?= test_functional.py test_ops.py test_linear4bit.py test_autograd.py
+PUBLISHED_TESTS ?= test_functional.py test_ops.py test_autograd.py test_linear4bit.py test_linear8bitlt.py test_modules.py test_optim.py test_parametrize.py
 # For `make benchmark`: an interpreter that has the published wheel installed.
 PUBLISHED_PYTHON ?=
 

@@ -81,6 +81,7 @@ TARGETS: dict[str, list[Target]] = {
     "AdamW8bit step, 400 x 4096": [faster(PUBLISHED, 30)],
     "Linear4bit 64x64 bf16 M=1": [Target("nn.Linear 64x64 bf16 M=1", 2.5)],
     "SmolLM2 NF4 generate": [faster(PUBLISHED, 1.2)],
+    "SmolLM2 int8 generate": [faster(PUBLISHED, 8)],
 }
 # Cases that are also run with BNB_CPU_ISA=avx2.
 AVX2_TARGETS = {"Linear4bit fp32 M=1": [faster("nn.Linear fp32 M=1", 2.5)]}

@@ -32,7 +32,6 @@ import bitsandbytes.functional as F
 
 SIDE = 4096  # weights are SIDE x SIDE: 16.8M elements
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GENERATED_TOKENS = 32
 TRAINING_ROWS, TRAINING_ROWS_8BIT = 64, 128
 
 
@@ -140,15 +139,15 @@ def build_training(make_layer, dtype: str, rows: int):
     return call
 
 
-def build_generate():
-    """Greedy generation with SmolLM2-135M-Instruct in NF4 with double quantisation."""
+def build_generate(tokens: int, **quantisation):
+    """Greedy generation of so many tokens with SmolLM2-135M-Instruct, quantised as transformers is told to."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(**quantisation)
     folder = os.environ["BENCHMARK_MODEL"]
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16, quantization_config=config).eval()
     prompt = torch.arange(100, 132)[None]
-    options = dict(min_new_tokens=GENERATED_TOKENS, max_new_tokens=GENERATED_TOKENS, do_sample=False, pad_token_id=0)
+    options = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     return partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
@@ -214,8 +213,10 @@ def all_cases() -> dict[str, Case]:
     table["nn.Linear 64x64 bf16 M=1"] = Case(partial(build_inference, dense_layer, "bf16", 1, side=64), 64 * 64 * 2 + 256, published=False)
     if "BENCHMARK_MODEL" in os.environ:
         # The linear layers of SmolLM2-135M hold 106M weights; the tied output embedding of 49152 x 576 stays in bf16.
-        per_token = packed_bytes(106_168_320) + 2 * 49152 * 576
-        table["SmolLM2 NF4 generate"] = Case(build_generate, GENERATED_TOKENS * per_token)
+        weights, head = 106_168_320, 2 * 49152 * 576
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        for name, tokens, quantisation, size in (("NF4", 32, nf4, packed_bytes(weights)), ("int8", 8, dict(load_in_8bit=True), int8_bytes(weights))):
+            table[f"SmolLM2 {name} generate"] = Case(partial(build_generate, tokens, **quantisation), tokens * (size + head))
     return table
 
 
