@@ -59,7 +59,7 @@ def model_quantise(A: torch.Tensor, threshold: float):
 
 
 def product_of_classes(x: np.ndarray, columns: np.ndarray, CB: np.ndarray, SCB: np.ndarray):
-    """The layer's product in float64 without outliers and bias, and the sum of its terms' magnitudes. `x` and `columns` as model_quantise gives them."""
+    """The layer's product in float64 without outliers and bias, and the sum of its terms' magnitudes. `x`, `columns` as model_quantise gives them."""
     result = np.zeros((x.shape[0], CB.shape[0]))
     size = result.copy()
     for c in range(16):

@@ -1,4 +1,4 @@
-"""Large results of the CPU kernels: they use memory again, never while somebody can still see it and not too much of it, and are written past the caches."""
+"""Large results of the CPU kernels: they use memory again, never while somebody can still see it, and are written past the caches."""
 
 import gc
 

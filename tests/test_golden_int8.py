@@ -23,7 +23,7 @@ def recorded():
 
 
 def assert_computes_the_same(layer, name, recorded):
-    """The published operators on this layer's weight give the recorded result; the layer, whose activations have 16 scales a row, a more exact one."""
+    """The published operators on this layer's weight give the recorded result; the layer, with 16 scales a row of activations, a more exact one."""
     case, result = cases.int8_layers()[name], recorded[f"{name}.result"]
     x = case.x()
     codes, scales, columns = bnb.functional.int8_vectorwise_quant(x, threshold=case.threshold)

@@ -1,4 +1,4 @@
-"""A small Llama in 8 bit through transformers, accelerate and peft: loading, offloading, checkpointing and training, all of it on the CPU and offline."""
+"""A small Llama in 8 bit through transformers, accelerate and peft: loading, offloading, checkpointing, training; on the CPU, offline."""
 
 import copy
 import io

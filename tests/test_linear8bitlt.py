@@ -1,4 +1,4 @@
-"""Linear8bitLt: what it computes, what it saves for the backward pass, and how the codes and their scales stay together whatever happens to the layer."""
+"""Linear8bitLt: what it computes, what it saves for the backward pass, and how codes and scales stay together whatever happens to the layer."""
 
 import copy
 import gc

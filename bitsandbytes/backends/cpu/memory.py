@@ -1,9 +1,9 @@
 """Memory for large results, used again.
 
-The C library returns blocks of more than 32 MiB to the system as soon as they are freed, and gets the next one in pages that the system must clear first.
-For a dense weight that lives only as long as one product or one merge, that costs several times what dequantising does. So the memory of large results
-comes from here: when a tensor's storage dies, its memory is kept for the next of the same size. While nobody uses it the system may take the pages back
-whenever it wants them (MADV_FREE), and little is kept.
+The C library returns blocks of more than 32 MiB to the system as soon as they are freed, and gets the next one in pages that the system must clear
+first. For a dense weight that lives only as long as one product or one merge, that costs several times what dequantising does. So the memory of large
+results comes from here: when a tensor's storage dies, its memory is kept for the next of the same size. While nobody uses it the system may take the
+pages back whenever it wants them (MADV_FREE), and little is kept.
 """
 
 import ctypes as ct

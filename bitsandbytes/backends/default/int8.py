@@ -215,9 +215,9 @@ def int8_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The product of floating point activations [..., K] and a quantised weight [N, K], plus the bias: [..., N] in the dtype of A.
 
-    The activations of a row are quantised in 16 classes of columns, each with a statistic of its own: column k is of class (k // 4) % 16. One statistic
-    a row, as in ``int8_vectorwise_quant``, makes every code as coarse as the largest value asks for; that costs a small language model 2 % of its
-    perplexity, more than its quantised weights do, and 16 of them 0.3 %. Outlier columns are multiplied in floating point as in
+    The activations of a row are quantised in 16 classes of columns, each with a statistic of its own: column k is of class (k // 4) % 16. One
+    statistic a row, as in ``int8_vectorwise_quant``, makes every code as coarse as the largest value asks for; that costs a small language model 2 %
+    of its perplexity, more than its quantised weights do, and 16 of them 0.3 %. Outlier columns are multiplied in floating point as in
     ``int8_mixed_scaled_mm``.
 
     Returns:
