@@ -1,9 +1,10 @@
 // The thresholds of an 8-bit code as pieces of straight lines: where neighbouring values are equally far apart, the code of v is the whole part of
 // slope * v + offset.
 //
-// The magnitudes from 0 to 1 are cut into at most 16 segments, at most once within an octave. A cut is made exactly at a threshold; a segment has a line
-// for each sign. The dynamic maps, whose values are spaced evenly within each power of ten, need nine segments. A line only fits to within kTolerance,
-// so a result this near to a whole number says nothing: the cell table then decides. Everywhere else the whole part is exact, since lines rise.
+// The magnitudes from 0 to 1 are cut into at most 16 segments, at most once within an octave. A cut is made exactly at a threshold; a segment has a
+// line for each sign. The dynamic maps, whose values are spaced evenly within each power of ten, need nine segments. Lines fit to within
+// kLineTolerance, so a result this near to a whole number says nothing and the cell table decides. Everywhere else the whole part is exact, since
+// lines rise.
 #pragma once
 
 #include "../common/types.h"
@@ -11,9 +12,10 @@
 namespace bnb {
 
 struct LineTable {
-    // For each octave, by the low five bits of its exponent: the segment at its lower end, and the bits of the magnitude beyond which the next begins.
+    // For each octave, by the low five bits of its exponent: the segment at its lower end, and the bits of the magnitude beyond which the next
+    // segment begins.
     uint32_t segment[32], cut[32];
-    // For each segment, those of negative numbers in the second half. `low` and `high` keep results half a step within the codes of the segment.
+    // For each segment, those of negative numbers in the second half. `low` and `high` keep results half a step within the segment's codes.
     float slope[32], offset[32], low[32], high[32];
     int negatives; // thresholds below zero
 };
