@@ -6,12 +6,14 @@ input generators with the published library.
 
 import hashlib
 from itertools import product
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,6 +69,16 @@ def quantised(functional, shape=(64, 64), nested=False, quant_type="nf4", dtype=
 def run_python(code: str, *args: str, interpreter: str = sys.executable, **options) -> subprocess.CompletedProcess:
     """Runs a program in a fresh interpreter and returns it finished, with its output as text."""
     return subprocess.run([interpreter, "-c", code, *args], capture_output=True, text=True, timeout=300, **options)
+
+
+def leave_process_group() -> None:
+    """Ends a process of a distributed test whose results are on disk: after the others have come as far, and without the interpreter's own end, during
+    which a thread of gloo that is still running would abort the process."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def short_name(value) -> str:

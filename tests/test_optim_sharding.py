@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from bitsandbytes import functional as F
 from bitsandbytes import optim
 from bitsandbytes.optim.sharding import absmax_by_granules, blocks_from_granules
-from helpers import assert_same_bits, bell, grid
+from helpers import assert_same_bits, bell, grid, leave_process_group
 
 WORLD = 2
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -197,7 +197,7 @@ def worker(rank, port, folder):
                 traceback.print_exc()
     if rank == 0:
         torch.save(results, os.path.join(folder, "results"))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDi
 import torch.nn.functional as F
 
 import bitsandbytes as bnb
-from helpers import assert_same_bits, bell, grid, run_python
+from helpers import assert_same_bits, bell, grid, leave_process_group, run_python
 
 WORLD, VOCABULARY, WIDTH, CLASSES = 2, 33, 62, 7
 FULL = StateDictOptions(full_state_dict=True)
@@ -356,7 +356,7 @@ def worker(rank, folder):
             if os.environ.get("SHARDING_DEBUG"):
                 print(scenario.__name__, kind, rank, results[scenario.__name__, kind], flush=True)
     torch.save(results, os.path.join(folder, f"results{rank}"))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")
