@@ -1,11 +1,14 @@
-"""Fixtures for every test: one seed, and process-wide settings put back afterwards."""
+"""Fixtures for every test: one seed, and process-wide settings put back afterwards. No test reaches for a network."""
 
+import os
 import random
 
 from hypothesis import settings
 import numpy as np
 import pytest
 import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
 # Examples are drawn from the test's own name, so that a red run is red again on the next machine; a busy machine is not a failure.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25, database=None)

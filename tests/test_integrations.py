@@ -2,28 +2,18 @@
 
 import copy
 import io
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import accelerate
 import peft
 import pytest
+from small_llama import IDS, difference, load, logits, one_thread, saved, trained, with_adapter  # noqa: F401
 import torch
 from torch import nn
-import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig
 
 import bitsandbytes as bnb
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-
-SIZES = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}  # fmt: skip
 CONFIGS = {
     "nf4": {},
     "nested": {"bnb_4bit_use_double_quant": True},
@@ -32,27 +22,10 @@ CONFIGS = {
     "bfloat16 compute": {"bnb_4bit_compute_dtype": torch.bfloat16},
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-IDS = torch.arange(18).view(2, 9) * 13 % 256
 
 
 def quantisation(**config) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **config})
-
-
-def load(path, **options):
-    return AutoModelForCausalLM.from_pretrained(path, **{"device_map": "cpu", "dtype": torch.float32, **options}).eval()
-
-
-def saved(path, **changes) -> str:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Waking another thread costs more than a layer of these sizes."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +36,6 @@ def dense_path(tmp_path_factory):
 @pytest.fixture
 def quantised(dense_path):
     return lambda **config: load(dense_path, quantization_config=quantisation(**config))
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
-
-
-def difference(a, b) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def quantised_layers(model) -> list[Linear4bit]:
@@ -193,32 +157,6 @@ def test_layers_are_made_on_meta_with_their_attributes():
 
 
 # -------------------------------------------------------------------------------------------------------------------------- peft
-
-
-def with_adapter(model, reentrant=None, config=None):
-    checkpointing = reentrant is not None
-    model = peft.prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None
-    )
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, config or peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def trained(model, steps=3, evaluate=False):
-    """Trains the adapter a little. Returns the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        if evaluate:
-            logits(model.eval())
-        loss = model.train()(IDS, labels=IDS).loss
-        loss.backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
 
 
 @pytest.mark.parametrize("config", [CONFIGS["nested"], CONFIGS["bfloat16 storage"]], ids=["nested", "bfloat16 storage"])
