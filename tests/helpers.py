@@ -72,8 +72,8 @@ def run_python(code: str, *args: str, interpreter: str = sys.executable, **optio
 
 
 def leave_process_group() -> None:
-    """Ends a process of a distributed test whose results are on disk: after the others have come as far, and without the interpreter's own end, during
-    which a thread of gloo that is still running would abort the process."""
+    """Ends a process of a distributed test whose results are on disk: after the others have come as far, and without the interpreter's own end,
+    during which a thread of gloo that is still running would abort the process."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()

@@ -20,3 +20,8 @@ def test_fsdp2_qlora(tmp_path):
     said = run("fsdp2_qlora.py", "--tiny", "--steps", 4, "--output", tmp_path / "model")
     assert "resumed" in said and "loss of the exported model" in said
     assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_moe_experts():
+    said = run("moe_experts.py", "--steps", 5)
+    assert "NO " not in said and "identical logits" in said
