@@ -49,7 +49,7 @@ struct TokenTiles {
 };
 
 // Waking and joining a thread costs about as long as this many products.
-constexpr int64_t kProductsPerThread = int64_t(1) << 20;
+constexpr int64_t kProductsPerThread = int64_t(1) << 19;
 
 // Calls function(begin, end) -> Status on ranges of [0, count).
 template <typename Function> static int32_t try_parallel(int64_t count, int64_t grain, int threads, const Function& function) {
