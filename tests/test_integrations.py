@@ -84,6 +84,17 @@ def test_a_head_tied_to_a_float_embedding_computes_with_it(tmp_path):
     assert torch.equal(logits(model), logits(load(path, quantization_config=quantisation())))
 
 
+@pytest.mark.parametrize("skip", [["audio_tower"], ["q_proj"], ["lm_head"]], ids=lambda skip: skip[0])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_list_of_modules_to_skip_loads_generates_saves_and_reloads(tied, bits, skip, tmp_path):
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skip)
+    model = load(saved(tmp_path / "dense", tie_word_embeddings=tied), quantization_config=config)
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 11)
+    model.save_pretrained(tmp_path / "quantised")
+    assert torch.equal(logits(load(tmp_path / "quantised")), logits(model))
+
+
 def test_device_map_auto(dense_path):
     assert logits(load(dense_path, device_map="auto", quantization_config=quantisation())).shape == (2, 9, 256)
 
