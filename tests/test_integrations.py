@@ -189,6 +189,17 @@ def test_adapters_are_saved_and_reloaded(quantised, tmp_path):
     assert not result.unexpected_keys and torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_modules_trained_in_full_are_saved_beside_the_adapter(bits, dense_path, tmp_path):
+    quantised = lambda: load(dense_path, quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))  # noqa: E731
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head", "norm"], task_type="CAUSAL_LM")
+    model = with_adapter(quantised(), config=config)
+    losses = trained(model)
+    assert losses[0] > losses[1] > losses[2]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(quantised(), tmp_path).eval()), logits(model))
+
+
 @pytest.mark.filterwarnings("ignore:.*rounding errors")
 @pytest.mark.parametrize("after_inference", [False, True])
 def test_adapters_merge_and_unmerge(after_inference, quantised):
