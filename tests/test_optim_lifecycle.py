@@ -367,6 +367,26 @@ def test_parameters_that_share_memory_stay_views():
     assert_same_bits(flat.detach(), torch.cat([p.detach().reshape(-1) for p in parts]))
 
 
+OVERLAPPING = {
+    "rows": lambda t: [t[:6], t[4:]],
+    "columns": lambda t: [t[:, :30_000], t[:, 20_000:]],
+    "transposed": lambda t: [t.t(), t[2:5]],
+}
+
+
+@grid(cut=OVERLAPPING)
+def test_parameters_that_overlap_are_stepped_one_after_the_other(cut):
+    together, apart = bell(8 * 50_000).view(8, -1), bell(8 * 50_000).view(8, -1)
+    in_one_call, one_by_one = OVERLAPPING[cut](together), OVERLAPPING[cut](apart)
+    for i, (p, q) in enumerate(zip(in_one_call, one_by_one)):
+        p.grad = bell(p.numel(), seed=i).view(p.shape)
+        q.grad = p.grad.clone()
+    optim.AdamW(in_one_call, lr=0.1).step()
+    for q in one_by_one:
+        optim.AdamW([q], lr=0.1).step()
+    assert_same_bits(together, apart)
+
+
 def test_gradient_is_left_alone():
     p = torch.nn.Parameter(bell(8192).view(64, 128))
     g = bell(8192, seed=2).view(128, 64).t()

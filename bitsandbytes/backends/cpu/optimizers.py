@@ -3,11 +3,12 @@
 The functions are those of ``backends/default/optimizers.py``, which says what they compute: bit for bit, save for the norms that ``max_unorm``
 needs. Those are sums in double precision here, the same for every instruction set and number of threads.
 
-The parameters of one call must not overlap: threads step them at the same time.
+Threads step the parameters of one native call at the same time, so those that overlap are stepped one after the other instead.
 """
 
 from array import array
 import ctypes as ct
+from itertools import pairwise
 from typing import Optional
 
 import torch
@@ -66,10 +67,32 @@ def _numbers(values) -> array:
     return array("q", values)
 
 
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first to behind the last element of a tensor of any strides."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _overlap(tensors: list[torch.Tensor]) -> bool:
+    """Whether two of the tensors may share memory."""
+    width = tensors[0].element_size()
+    spans = (tensor.numel() * width if tensor.is_contiguous() else _span(tensor) for tensor in tensors)
+    ranges = sorted(zip(map(torch.Tensor.data_ptr, tensors), spans))
+    return any(start + span > following for (start, span), (following, _) in pairwise(ranges))
+
+
+def _run_one_by_one(name, p, g, moments, absmax, qmaps, unorm, s: Settings, max_unorm, param_norm, skip_zeros, seeds) -> None:
+    for i in range(len(p)):
+        mine = (tensors[i * len(tensors) // len(p) : (i + 1) * len(tensors) // len(p)] for tensors in (p, g, moments, absmax))
+        _run(name, *mine, qmaps, unorm[i : i + 1], s, max_unorm, param_norm, skip_zeros, seeds[i : i + 1])
+
+
 @torch.no_grad()
 def _run(name, p, g, moments, absmax, qmaps, unorm, s: Settings, max_unorm, param_norm, skip_zeros, seeds) -> None:
     if not p:
         return
+    if len(p) > 1 and _overlap(p):
+        return _run_one_by_one(name, p, g, moments, absmax, qmaps, unorm, s, max_unorm, param_norm, skip_zeros, seeds)
     written = [_Table(tensors) for tensors in (p, moments, absmax)]
     gradients, codes = _Table(g), _Table(qmaps)
     sizes, dtypes, seeds = (_numbers(values) for values in (map(torch.Tensor.numel, p), (DTYPES[gradient.dtype] for gradient in g), seeds))
