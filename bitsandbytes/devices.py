@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cextension import lib
+from .singleton import Singleton
 
 FIRST_CUDA_DEVICE = torch.device("cuda", index=0)
 
@@ -53,20 +54,11 @@ def is_on_gpu(tensors: Iterable[Optional[Tensor]]) -> bool:
     return True
 
 
-class CUBLAS_Context:
+class CUBLAS_Context(Singleton):
     """The native library's handles to the BLAS library, one a device, created when first asked for."""
 
-    _instance: Optional["CUBLAS_Context"] = None
-
-    def __init__(self):
-        raise RuntimeError("CUBLAS_Context is shared by the whole process: call CUBLAS_Context.get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> "CUBLAS_Context":
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.context = {}
-        return cls._instance
+    def _set_up(self) -> None:
+        self.context: dict[int, ct.c_void_p] = {}
 
     def get_context(self, device: torch.device) -> ct.c_void_p:
         """The handle for ``device``, a CUDA device with an index."""

@@ -6,6 +6,8 @@ import weakref
 import torch
 from torch import nn
 
+from .singleton import Singleton
+
 logger = logging.getLogger(__name__)
 
 # An activation of this magnitude makes its feature an outlier (Dettmers et al. 2022, LLM.int8(), section 4, https://arxiv.org/abs/2208.07339).
@@ -55,7 +57,7 @@ def outlier_hook(module: nn.Module, input: tuple) -> None:
     OutlierTracer.get_instance()._see(module.weight, input[0])
 
 
-class OutlierTracer:
+class OutlierTracer(Singleton):
     """Collects the outlier features of a model's linear layers during its first forward pass; one in the process.
 
     The first layer that runs is judged by its activations, the others by the columns of their weights, where the outliers of a trained model
@@ -70,17 +72,6 @@ class OutlierTracer:
         last_w: the weight seen last, None if it is freed.
         current_outlier_dims: its outlier features.
     """
-
-    _instance = None
-
-    def __init__(self):
-        raise RuntimeError("Call get_instance() instead")
-
-    @classmethod
-    def get_instance(cls) -> "OutlierTracer":
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-        return cls._instance
 
     def initialize(self, model: nn.Module) -> None:
         """Starts tracing ``model``, and stops tracing the one before."""

@@ -17,6 +17,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .cextension import lib
 from .devices import FIRST_CUDA_DEVICE, get_ptr
+from .singleton import Singleton
 from .utils import sync_gpu
 
 _TO_HOST = -1
@@ -41,24 +42,15 @@ class WeakTensors:
         return sum(1 for _ in self)
 
 
-class GlobalPageManager:
+class GlobalPageManager(Singleton):
     """Every paged tensor of the process.
 
     Attributes:
         paged_tensors: those that live, in the order in which they were made.
     """
 
-    _instance: Optional["GlobalPageManager"] = None
-
-    def __init__(self):
-        raise RuntimeError("GlobalPageManager is shared by the whole process: call GlobalPageManager.get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> "GlobalPageManager":
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.paged_tensors = WeakTensors()
-        return cls._instance
+    def _set_up(self) -> None:
+        self.paged_tensors = WeakTensors()
 
     def prefetch_all(self, to_cpu: bool = False) -> None:
         """Starts moving every paged tensor to its GPU or to the host.

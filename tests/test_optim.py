@@ -231,9 +231,8 @@ class GaLoreLike(Legacy):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if not self.initialized:
-            self.check_overrides()
-            self.to_gpu()
+        if self.initialized is False:
+            self.check_overrides(), self.to_gpu()
             self.initialized = True
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):

@@ -13,6 +13,7 @@ import torch.nn.functional as torch_functional
 from .. import functional as F
 from .._ops import FLOATS, NESTED_BLOCKSIZE, invoke
 from ..quant_state import QuantState
+from ..singleton import Singleton
 
 logger = logging.getLogger(__name__)
 
@@ -258,20 +259,11 @@ def _set_outlier_columns(state: MatmulLtState, columns: torch.Tensor | None) -> 
 MatmulLtState.idx = property(_outlier_columns, _set_outlier_columns)  # not in the class, where it would be the field's default
 
 
-class GlobalOutlierPooler:
+class GlobalOutlierPooler(Singleton):
     """A set of outlier dimensions that layers of one width share. Kept for programs that use it; nothing here does."""
 
-    _instance = None
-
-    def __init__(self):
-        raise RuntimeError("GlobalOutlierPooler is a singleton: call GlobalOutlierPooler.get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> "GlobalOutlierPooler":
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.initialize()
-        return cls._instance
+    def _set_up(self) -> None:
+        self.initialize()
 
     def initialize(self) -> None:
         self.outliers = set()

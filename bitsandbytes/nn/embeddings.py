@@ -8,7 +8,7 @@ from .. import functional
 from .._ops import BLOCKSIZES_4BIT
 from ..optim.manager import GlobalOptimManager
 from .holders import Holds4bitWeight, Holds8bitWeight, described, logger
-from .parameters import Int8Params, Params4bit
+from .parameters import Int8Params
 from .pieces import common_unit, dequantize_rows
 
 # ---------------------------------------------------------------------------------------------------------------- trained embeddings
@@ -118,16 +118,7 @@ class Embedding4bit(_QuantisedEmbedding, Holds4bitWeight, nn.Embedding):
         **options,
     ):  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, device, dtype, **options)
-        self.quant_state = None
-        self.quant_storage = quant_storage
-        self.weight = Params4bit(
-            self.weight.data,
-            requires_grad=False,
-            compress_statistics=compress_statistics,
-            quant_type=quant_type,
-            quant_storage=quant_storage,
-            module=self,
-        )
+        self._hold_in_4bit(compress_statistics, quant_type, quant_storage)
         self._warn_about_width(self.weight.blocksize)
 
     def _warn_about_width(self, blocksize: int) -> None:

@@ -163,6 +163,14 @@ class Holds4bitWeight(_HoldsQuantisedWeight):
 
     parameter_class = Params4bit
 
+    def _hold_in_4bit(self, compress_statistics: bool, quant_type: str, quant_storage: torch.dtype) -> None:
+        """Makes the new layer's floating-point weight one that is quantised when it is moved to a device."""
+        self.quant_state = None
+        self.quant_storage = quant_storage
+        self.weight = Params4bit(
+            self.weight.data, compress_statistics=compress_statistics, quant_type=quant_type, quant_storage=quant_storage, module=self
+        )
+
     @property
     def quant_state(self) -> QuantState | None:
         """The state of the weight; None while it is not quantised. Survives the weight's being replaced by a plain packed tensor."""

@@ -121,19 +121,10 @@ class Linear4bit(Holds4bitWeight, _QuantisedLinear):
         quant_storage=torch.uint8, device=None,
     ):  # fmt: skip
         super().__init__(input_features, output_features, bias, device)
-        self.quant_state = None
-        self.quant_storage = quant_storage
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
         self.support_avx512bf16_for_cpu = has_avx512bf16()
-        self.weight = Params4bit(
-            self.weight.data,
-            requires_grad=False,
-            compress_statistics=compress_statistics,
-            quant_type=quant_type,
-            quant_storage=quant_storage,
-            module=self,
-        )
+        self._hold_in_4bit(compress_statistics, quant_type, quant_storage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies with the weight.

@@ -6,7 +6,7 @@ import torch
 
 from .algorithms import alpha_at, beta3_at
 from .constructors import constructor
-from .optimizer import Optimizer2State
+from .optimizer import Optimizer2State, evaluate
 
 
 def ademamix(
@@ -75,10 +75,7 @@ class _ReferenceAdEMAMix(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -7,7 +7,7 @@ parameter, the update is scaled down to that.
 import torch
 
 from .constructors import constructor
-from .optimizer import Optimizer1State
+from .optimizer import Optimizer1State, evaluate
 from .sgd import check_momentum
 
 
@@ -64,10 +64,7 @@ class PytorchLARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Takes one step. Returns what ``closure`` returned, else None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

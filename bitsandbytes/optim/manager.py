@@ -11,6 +11,8 @@ import weakref
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..singleton import Singleton
+
 Config = dict[str, Any]
 
 
@@ -32,7 +34,7 @@ class _Registration:
         )
 
 
-class GlobalOptimManager:
+class GlobalOptimManager(Singleton):
     """Overrides of optimizer settings for single parameters, such as 32-bit states for an embedding in an 8-bit optimizer.
 
     There is one for the process: ``GlobalOptimManager.get_instance()``. An override holds for its parameter in every optimizer, as long as the
@@ -47,17 +49,8 @@ class GlobalOptimManager:
         optimizer = Adam8bit(model.parameters())
     """
 
-    _instance: Optional["GlobalOptimManager"] = None
-
-    def __init__(self):
-        raise RuntimeError("GlobalOptimManager is shared by the whole process: call GlobalOptimManager.get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> "GlobalOptimManager":
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.initialize()
-        return cls._instance
+    def _set_up(self) -> None:
+        self.initialize()
 
     def initialize(self) -> None:
         """Forgets everything."""

@@ -212,10 +212,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or a parameter is of another type than float32, float16 and bfloat16.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
@@ -278,6 +275,14 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         with torch.no_grad():
             self._add(batch, p, self.get_config(gindex, pindex, group), ordinal)
             batch.run()
+
+
+def evaluate(closure):
+    """What a closure of ``step`` returns, computed with gradients enabled; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _check_hyperparameters(lr, betas, eps, weight_decay) -> None:
