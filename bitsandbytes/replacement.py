@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 
@@ -84,14 +85,23 @@ def replace_linear(
 
 
 def _replacement(old: nn.Linear, name: str, make: Callable[..., nn.Module], copy_weights: bool) -> nn.Module:
-    new = make(old.in_features, old.out_features, old.bias is not None)
-    if copy_weights:
-        if not old.weight.is_floating_point() or tuple(old.weight.shape) != (old.out_features, old.in_features):
-            found = f"{old.weight.dtype} {list(old.weight.shape)}"
-            raise ValueError(f"cannot copy the weight of {name!r}: {found} is not a plain matrix; dequantise it first")
-        new.weight = _as_kind_of(new.weight, old.weight)
-        new.bias = old.bias
+    arguments = (old.in_features, old.out_features, old.bias is not None)
+    if not copy_weights:
+        return make(*arguments).train(old.training)
+    if not old.weight.is_floating_point() or tuple(old.weight.shape) != (old.out_features, old.in_features):
+        found = f"{old.weight.dtype} {list(old.weight.shape)}"
+        raise ValueError(f"cannot copy the weight of {name!r}: {found} is not a plain matrix; dequantise it first")
+    with torch.device("meta"):  # random weights that are thrown away at once take longer than all the rest
+        new = _with_parameters_of(old, make(*arguments))
+    if not old.weight.is_meta and any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
+        new = _with_parameters_of(old, make(*arguments))  # it has further tensors, and those need their values
     return new.train(old.training)
+
+
+def _with_parameters_of(old: nn.Linear, new: nn.Module) -> nn.Module:
+    new.weight = _as_kind_of(new.weight, old.weight)
+    new.bias = old.bias
+    return new
 
 
 def _as_kind_of(parameter: nn.Parameter, values: nn.Parameter) -> nn.Parameter:

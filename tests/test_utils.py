@@ -84,6 +84,29 @@ def test_plain_replacement_takes_the_parameters_themselves():
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("kind", [linear_nf4, lambda *sizes: bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False), nn.Linear], ids=["4 bit", "8 bit", "plain"])
+def test_no_random_weights_are_made_where_others_are_copied(kind, monkeypatch):
+    model = Model()
+    filled = []
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, *args, **kwargs: filled.append(tensor.device.type))
+    replace_linear(model, kind, copy_weights=True)
+    assert filled and set(filled) == {"meta"}
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_further_tensors_of_a_replacement_have_their_values():
+    class Scaled(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("scale", torch.full((self.out_features,), 3.0))
+
+    model = Model()
+    before = dict(model.named_parameters())
+    replace_linear(model, Scaled, copy_weights=True)
+    assert (model.blocks[0].up.scale == 3).all()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
 def test_copying_a_packed_weight_is_refused():
     model = replace_linear(Model(), linear_nf4, copy_weights=True).to("cpu")
     with pytest.raises(ValueError, match="blocks.0.up"):
