@@ -8,6 +8,7 @@ import ctypes as ct
 import logging
 import os
 import re
+import struct
 from pathlib import Path
 
 import torch
@@ -284,15 +285,32 @@ def get_native_library() -> BNBNativeLibrary:
 
     Raises:
         RuntimeError: there is a GPU and no library for it, or the environment forces a version that is no version.
-        OSError: the file is missing or cannot be loaded.
+        OSError: the file is missing, cut short or cannot be loaded.
     """
     path = _library_path()
+    _require_whole(path)
     library = ct.cdll.LoadLibrary(str(path))
     if hasattr(library, "get_context"):
         return CudaBNBNativeLibrary(library)
     if path.name.startswith("libbitsandbytes_xpu"):
         return XpuBNBNativeLibrary(library)
     return BNBNativeLibrary(library)
+
+
+def _require_whole(path: Path) -> None:
+    """Raises OSError for a Linux library that is cut short, by a full disk or a broken copy: mapping it would end the process.
+
+    The header of a 64-bit ELF file says where its table of sections lies, which is near the end of the file.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):
+        table, entry_size, entries = struct.unpack_from("<40xQ10xHH", header)
+        needed = table + entry_size * entries
+        if path.stat().st_size < needed:
+            raise OSError(f"{path}: file is cut short, {path.stat().st_size} of {needed} bytes are there")
 
 
 def _load() -> BNBNativeLibrary:
