@@ -10,7 +10,8 @@ enum Status : int32_t {
     kBadArgument = 1, // a null pointer, a negative size, an unknown dtype or quantisation type
     kUnsupported = 2, // this machine or this build cannot do it
     kOutOfMemory = 3,
-    kBadCode = 4, // the 256 values of an 8-bit code are not ascending
+    kBadCode = 4,     // the 256 values of an 8-bit code are not ascending
+    kDeviceError = 5, // the GPU's driver refused; last_device_error() has its words
 };
 
 static inline const char* status_message(int32_t status) {
@@ -25,6 +26,8 @@ static inline const char* status_message(int32_t status) {
         return "out of memory";
     case kBadCode:
         return "the 8-bit code must hold 256 values in ascending order, without NaN";
+    case kDeviceError:
+        return "the device reported an error";
     default:
         return "unknown status";
     }

@@ -1,0 +1,1 @@
+"""Operators on NVIDIA GPUs, and on AMD's by the same sources, by the native library."""

@@ -1,0 +1,151 @@
+// The vocabulary of kernels on NVIDIA GPUs; device.h lists it. Conditions on the architecture stand in these wrappers and nowhere else.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <tuple>
+#include <utility>
+
+namespace bnb {
+
+constexpr int kWarpSize = 32;
+
+// --------------------------------------------------------------------------------------------------------------------- warps
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, value);
+#else
+    for (int distance = 16; distance > 0; distance /= 2)
+        value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    return value;
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------- shared memory
+template <typename T> __device__ __forceinline__ T& shared_variable() {
+    __shared__ T variable;
+    return variable;
+}
+
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+}
+
+// The address that instructions on shared memory take.
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+template <int bytes, typename Word> __device__ __forceinline__ void copy_async(void* shared, const void* global, bool wanted) {
+#if __CUDA_ARCH__ >= 800
+    const int bytes_of_source = wanted ? bytes : 0;
+    if constexpr (bytes == 16) // past the first-level cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes_of_source) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)), "l"(global), "n"(bytes), "r"(bytes_of_source)
+                     : "memory");
+#else
+    *static_cast<Word*>(shared) = wanted ? *static_cast<const Word*>(global) : Word{};
+#endif
+}
+
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool wanted = true) { copy_async<16, uint4>(shared, global, wanted); }
+__device__ __forceinline__ void copy_async_8(void* shared, const void* global, bool wanted = true) { copy_async<8, uint2>(shared, global, wanted); }
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool wanted = true) { copy_async<4, uint32_t>(shared, global, wanted); }
+
+__device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+
+template <int groups_left> __device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(groups_left) : "memory");
+#endif
+}
+
+// --------------------------------------------------------------------------------------------------------------- conversions
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+__device__ __forceinline__ float widen(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
+
+__device__ __forceinline__ void narrow_to(float value, float& result) { result = value; }
+__device__ __forceinline__ void narrow_to(float value, Half& result) { result.bits = __half_as_ushort(__float2half_rn(value)); }
+__device__ __forceinline__ void narrow_to(float value, BFloat16& result) { result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+template <typename T> __device__ __forceinline__ T narrow(float value) {
+    T result;
+    narrow_to(value, result);
+    return result;
+}
+
+__device__ __forceinline__ uint32_t word_of(__half2 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
+__device__ __forceinline__ uint32_t word_of(__nv_bfloat162 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
+
+// Two values in one register, the first in its low half.
+template <typename T> __device__ __forceinline__ uint32_t narrow_pair(float first, float second);
+template <> __device__ __forceinline__ uint32_t narrow_pair<Half>(float first, float second) { return word_of(__floats2half2_rn(first, second)); }
+template <> __device__ __forceinline__ uint32_t narrow_pair<BFloat16>(float first, float second) {
+    return word_of(__floats2bfloat162_rn(first, second));
+}
+
+// -------------------------------------------------------------------------------------------------------------- tensor cores
+// d[16, 8] = a[16, 16] . b[16, 8] + c of a warp, summed in fp32. Two elements a register; lane 4g + t holds
+//   a   rows g, g + 8, g, g + 8 at columns 2t.., 2t.., 2t + 8.., 2t + 8..
+//   b   column g at rows 2t.., 2t + 8..
+//   c, d   row g at columns 2t, 2t + 1, then row g + 8 there
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#elif __CUDA_ARCH__ >= 750
+    asm("{\n.reg .f32 s0, s1, s2, s3;\n"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {s0, s1, s2, s3}, {%4, %5}, {%8}, {%10, %11, %12, %13};\n"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%6, %7}, {%9}, {s0, s1, s2, s3};\n}\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    __trap();
+#endif
+}
+
+template <> // from sm_80 on
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    __trap();
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------------------- host: launches
+inline int32_t check_device(cudaError_t error) { return error == cudaSuccess ? int32_t(kOk) : report_device_error(cudaGetErrorString(error)); }
+
+constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;
+
+template <typename... Parameters, typename... Arguments>
+int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Arguments&&... arguments) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > kSharedBytesWithoutAsking) {
+        const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (error != cudaSuccess)
+            return check_device(error);
+    }
+    std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+    return std::apply(
+        [&](auto&... value) {
+            void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
+            return check_device(cudaLaunchKernel(function, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream)));
+        },
+        values);
+}
+
+} // namespace bnb

@@ -1,0 +1,94 @@
+// The vocabulary of kernels on AMD GPUs; device.h lists it. There are no tensor-core instructions: kernels that need them are not built for HIP.
+#pragma once
+
+#include <hip/hip_bfloat16.h>
+#include <hip/hip_fp16.h>
+#include <hip/hip_runtime.h>
+
+#include <tuple>
+#include <utility>
+
+// Warps of AMD run in step and have no masks.
+#define __shfl_sync(mask, ...) __shfl(__VA_ARGS__)
+#define __shfl_xor_sync(mask, ...) __shfl_xor(__VA_ARGS__)
+#define __shfl_down_sync(mask, ...) __shfl_down(__VA_ARGS__)
+#define __shfl_up_sync(mask, ...) __shfl_up(__VA_ARGS__)
+#define __ballot_sync(mask, vote) __ballot(vote)
+#define __any_sync(mask, vote) __any(vote)
+#define __all_sync(mask, vote) __all(vote)
+#define __syncwarp(...) __builtin_amdgcn_wave_barrier()
+
+namespace bnb {
+
+#if defined(__GFX9__) // the CDNA family
+constexpr int kWarpSize = 64;
+#else
+constexpr int kWarpSize = 32;
+#endif
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+        value = max(value, __shfl_xor(value, distance));
+    return value;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- memory
+template <typename T> __device__ __forceinline__ T& shared_variable() {
+    __shared__ T variable;
+    return variable;
+}
+
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+    extern __shared__ __attribute__((aligned(16))) unsigned char dynamic_memory[];
+    return dynamic_memory;
+}
+
+// There is no copy in the background: it happens at once.
+template <typename Word> __device__ __forceinline__ void copy_now(void* shared, const void* global, bool wanted) {
+    *static_cast<Word*>(shared) = wanted ? *static_cast<const Word*>(global) : Word{};
+}
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool wanted = true) { copy_now<uint4>(shared, global, wanted); }
+__device__ __forceinline__ void copy_async_8(void* shared, const void* global, bool wanted = true) { copy_now<uint2>(shared, global, wanted); }
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool wanted = true) { copy_now<uint32_t>(shared, global, wanted); }
+__device__ __forceinline__ void copy_async_commit() {}
+template <int groups_left> __device__ __forceinline__ void copy_async_wait() {}
+
+template <typename T> __device__ __forceinline__ T __ldcs(const T* p) { return *p; }
+template <typename T> __device__ __forceinline__ T __ldcg(const T* p) { return *p; }
+template <typename T> __device__ __forceinline__ void __stcs(T* p, T value) { *p = value; }
+template <typename T> __device__ __forceinline__ void __stcg(T* p, T value) { *p = value; }
+
+// ----------------------------------------------------------------------------------------------------------------- conversions
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+__device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
+
+__device__ __forceinline__ void narrow_to(float value, float& result) { result = value; }
+__device__ __forceinline__ void narrow_to(float value, Half& result) { result.bits = __half_as_ushort(__float2half_rn(value)); }
+__device__ __forceinline__ void narrow_to(float value, BFloat16& result) { round_to(value, result); }
+template <typename T> __device__ __forceinline__ T narrow(float value) {
+    T result;
+    narrow_to(value, result);
+    return result;
+}
+
+// Two values in one register, the first in its low half.
+template <typename T> __device__ __forceinline__ uint32_t narrow_pair(float first, float second) {
+    return uint32_t(narrow<T>(first).bits) | uint32_t(narrow<T>(second).bits) << 16;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ host
+inline int32_t check_device(hipError_t error) { return error == hipSuccess ? int32_t(kOk) : report_device_error(hipGetErrorString(error)); }
+
+template <typename... Parameters, typename... Arguments>
+int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Arguments&&... arguments) {
+    std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+    return std::apply(
+        [&](auto&... value) {
+            void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
+            return check_device(hipLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, static_cast<hipStream_t>(stream)));
+        },
+        values);
+}
+
+} // namespace bnb
