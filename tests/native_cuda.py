@@ -14,6 +14,7 @@ A test file imports the fixtures that it uses:
 from __future__ import annotations
 
 import ctypes as ct
+import os
 from pathlib import Path
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ import torch
 from bitsandbytes.backends.cuda import native
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "cuda_emulated"
+BUILD = Path(os.environ.get("BNB_CUDA_EMULATION_BUILD", ROOT / "build" / "cuda_emulated"))
 
 
 def build_emulated_library() -> Path:
