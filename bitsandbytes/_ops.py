@@ -209,6 +209,20 @@ def _require_size(op: str, name: str, tensor, size) -> None:
         _fail(f"{op}: {name} must have {size} elements, got {tensor.numel()}")
 
 
+# The same for many tensors at once: optimizers have thousands.
+def _require_dtypes(op: str, name: str, tensors, allowed: Sequence[torch.dtype]) -> None:
+    for dtype in {tensor.dtype for tensor in tensors}:
+        if dtype not in allowed:
+            _fail(f"{op}: {name} must be {' or '.join(map(str, allowed))}, got {dtype}")
+
+
+def _require_sizes(op: str, name: str, tensors, sizes: list) -> None:
+    found = [tensor.numel() for tensor in tensors]
+    if found != sizes:
+        number, size, wanted = next((i, *pair) for i, pair in enumerate(zip(found, sizes)) if pair[0] != pair[1])
+        _fail(f"{op}: {name} of parameter {number} must have {wanted} elements, got {size}")
+
+
 def _require_positive_blocksize(op: str, blocksize: int) -> None:
     if blocksize <= 0:
         _fail(f"{op}: blocksize must be positive, got {blocksize}")
@@ -763,26 +777,25 @@ def _check_optimizer_step(
 def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count):
     if not p:
         return
-    dtype = p[0].dtype
-    state_dtype = torch.uint8 if qmaps else torch.float32
-    _require_float(op, "p", dtype)
-    for i, (parameter, gradient) in enumerate(zip(p, g)):
-        n = parameter.numel()
-        if parameter.dtype != dtype:
-            _fail(f"{op}: the parameters of one call must have one dtype, got {dtype} and {parameter.dtype}")
-        _require_float(op, "g", gradient.dtype)
-        _require_size(op, "g", gradient, n)
-        for moment in moments[i * count : (i + 1) * count]:
-            if moment.dtype != state_dtype:
-                _fail(f"{op}: moments must be {state_dtype} {'with' if qmaps else 'without'} qmaps, got {moment.dtype}")
-            _require_size(op, "a moment", moment, n)
-        for statistics in absmax[i * count : (i + 1) * count] if qmaps else ():
-            _require_dtype(op, "absmax", statistics, (torch.float32,))
-            _require_size(op, "absmax", statistics, blocks(n, OPTIMIZER_BLOCKSIZE))
+    sizes = [parameter.numel() for parameter in p]
+    _require_float(op, "p", p[0].dtype)
+    _require_dtypes(op, "the parameters of one call", p, (p[0].dtype,))
+    _require_dtypes(op, "g", g, FLOATS)
+    _require_sizes(op, "g", g, sizes)
+    _require_dtypes(op, f"moments {'with' if qmaps else 'without'} qmaps", moments, (torch.uint8 if qmaps else torch.float32,))
+    for i in range(count):
+        _require_sizes(op, "moments", moments[i::count], sizes)
+    if qmaps:
+        of_blocks = [blocks(n, OPTIMIZER_BLOCKSIZE) for n in sizes]
+        _require_dtypes(op, "absmax", absmax, (torch.float32,))
+        for i in range(count):
+            _require_sizes(op, "absmax", absmax[i::count], of_blocks)
+    _require_dtypes(op, "unorm", unorm, (torch.float32,))
     for norm in unorm:
-        _require_dtype(op, "unorm", norm, (torch.float32,))
         _require_at_least(op, "unorm", norm, 1)
-    _same_device(op, p[0], *p, *g, *moments, *absmax, *qmaps, *unorm)
+    tensors = (*p, *g, *moments, *absmax, *qmaps, *unorm)
+    if not all([tensor.is_cpu for tensor in tensors]):  # the quick answer
+        _same_device(op, p[0], *tensors)
 
 
 # One step of one algorithm over many parameters: everything that bitsandbytes.optim does to tensors. backends/default/optimizers.py says what

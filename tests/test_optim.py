@@ -352,7 +352,7 @@ def test_native_kernel_is_called_directly_and_after_the_check(monkeypatch):
     step(optimizer, *params)
     assert calls == [2]
     optimizer.state[params[0]]["state1"] = torch.zeros(3)
-    with pytest.raises(RuntimeError, match="a moment must have 128 elements, got 3"):
+    with pytest.raises(RuntimeError, match="moments of parameter 0 must have 128 elements, got 3"):
         step(optimizer, *params)
 
 

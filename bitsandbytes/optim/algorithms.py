@@ -4,6 +4,7 @@ The formulas are those of the operator ``optimizer_step``; here stands only what
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import exp, log
 from typing import Any, Optional
 
@@ -26,7 +27,7 @@ class Moment:
     rows: int = 1
     needs: Optional[str] = None
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, str, str]:
         return f"state{self.number}", f"absmax{self.number}", f"qmap{self.number}"
 

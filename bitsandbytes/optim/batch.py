@@ -20,41 +20,45 @@ class _Call:
     config: dict[str, Any]
     kept: tuple[Moment, ...]
     settings: dict[str, Any]
-    norms: bool
+    limited: bool  # by max_unorm
     p: list = field(default_factory=list)
     g: list = field(default_factory=list)
-    moments: list = field(default_factory=list)
-    absmax: list = field(default_factory=list)
-    qmaps: list = field(default_factory=list)
-    unorm: list = field(default_factory=list)
+    states: list = field(default_factory=list)
     seeds: list = field(default_factory=list)
 
     def add(self, p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], ordinal: int) -> None:
         self.p.append(p)
         self.g.append(g)
-        in_8bit = state["state1"].dtype == torch.uint8
-        for moment in self.kept:
-            key, absmax, _ = moment.keys
-            if moment.rows == 1:
-                self.moments.append(state[key])
-            else:
-                self.moments.extend(paged_rows(state[key]))
-            if in_8bit:
-                self.absmax.extend(state[absmax] if moment.rows > 1 else (state[absmax],))
-        if in_8bit and not self.qmaps:
-            self.qmaps = [state[moment.keys[2]] for moment in self.kept for _ in range(moment.rows)]
-        if self.norms:
-            self.unorm.append(state["unorm_vec"])
+        self.states.append(state)
         if self.config["stochastic_rounding"]:
             self.seeds.append((self.config["seed"] + ordinal * 0x9E3779B1) & 0xFFFFFFFF)  # parameters must not round alike
 
-    def run(self) -> None:
-        F.optimizer_step(self.p, self.g, self.moments, self.absmax, self.qmaps, self.unorm, seeds=self.seeds, **self.settings)
+    def _of_each_moment(self, part: int) -> list[torch.Tensor]:
+        """Values or statistics (0 or 1 in ``Moment.keys``) of every moment of every parameter."""
+        if all(moment.rows == 1 for moment in self.kept):
+            keys = [moment.keys[part] for moment in self.kept]
+            return [state[key] for state in self.states for key in keys]
+        of_moment = lambda tensor, rows: (tensor,) if rows == 1 else paged_rows(tensor)  # noqa: E731
+        return [row for state in self.states for moment in self.kept for row in of_moment(state[moment.keys[part]], moment.rows)]
 
-    def on_copies(self) -> None:
-        """Runs without any effect but the norms of the updates."""
-        p, moments, absmax = ([tensor.clone() for tensor in tensors] for tensors in (self.p, self.moments, self.absmax))
-        F.optimizer_step(p, self.g, moments, absmax, self.qmaps, self.unorm, **self.settings)
+    def _tensors(self) -> list[list[torch.Tensor]]:
+        """moments, absmax, qmaps, unorm"""
+        first = self.states[0]
+        unorm = [state["unorm_vec"] for state in self.states] if self.limited else []
+        if first["state1"].dtype != torch.uint8:
+            return [self._of_each_moment(0), [], [], unorm]
+        qmaps = [first[moment.keys[2]] for moment in self.kept for _ in range(moment.rows)]
+        return [self._of_each_moment(0), self._of_each_moment(1), qmaps, unorm]
+
+    def run(self) -> None:
+        F.optimizer_step(self.p, self.g, *self._tensors(), seeds=self.seeds, **self.settings)
+
+    def norm_of_update(self) -> torch.Tensor:
+        """The norm of the first parameter's update, which is made on copies and thrown away."""
+        moments, absmax, qmaps, unorm = self._tensors()
+        p, moments, absmax = ([tensor.clone() for tensor in tensors] for tensors in (self.p, moments, absmax))
+        F.optimizer_step(p, self.g, moments, absmax, qmaps, unorm, **self.settings)
+        return unorm[0]
 
     def decays_with_learning_rate(self) -> bool:
         """Whether weight decay is decoupled from the gradient."""
@@ -98,12 +102,12 @@ class Batch:
                 f"{tuple(p.shape)}. Make the layer's gradient dense (torch.nn.Embedding: sparse=False), or use torch.optim.SparseAdam for it."
             )
         step = state["step"] = int(state["step"]) + 1
-        part = p
+        part, sharded_norm = p, False
         if type(p) not in _PLAIN and is_dtensor(p):
             part, grad = p.to_local(), local_gradient(p)
+            sharded_norm = config["max_unorm"] > 0.0
         elif type(grad) not in _PLAIN:
             grad = local_gradient(p)
-        sharded_norm = part is not p and config["max_unorm"] > 0.0
         key = (id(config), step, id(state.get("qmap1")), part.dtype, part.device, id(p) if sharded_norm else None)
         call = self.calls.get(key)
         if call is None:
@@ -112,7 +116,7 @@ class Batch:
         call.add(part, grad, state, ordinal)
         if sharded_norm:
             call.settings.update(limited_learning_rate(p, call))
-            call.unorm = []
+            call.limited = False
 
     def run(self) -> None:
         for call in self.calls.values():

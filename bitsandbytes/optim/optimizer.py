@@ -226,14 +226,15 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         for ordinal, (gindex, pindex, group, p) in enumerate(self._parameters()):
             if p.grad is None:
                 continue
-            stepped = p
-            if not self.state[p]:
+            stepped, state = p, self.state[p]
+            if not state:
                 self.init_state(group, p, gindex, pindex)
+                state = self.state[p]
             if self.is_paged:
                 self.prefetch_state(p)
             if batched:
                 override = self._overrides.get(p) if self._overrides else None
-                self._add(batch, p, self._config(group, override) if override else configs[gindex], ordinal)
+                self._add(batch, p, state, self._config(group, override) if override else configs[gindex], ordinal)
             else:
                 self.update_step(group, p, gindex, pindex)
         batch.run()
@@ -247,8 +248,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
             for pindex, p in enumerate(group["params"]):
                 yield gindex, pindex, group, p
 
-    def _add(self, batch: Batch, p: torch.Tensor, config: dict[str, Any], ordinal: int) -> None:
-        state = self.state[p]
+    def _add(self, batch: Batch, p: torch.Tensor, state: dict[str, Any], config: dict[str, Any], ordinal: int) -> None:
         for moment in batch.moments(config):
             if moment.keys[0] not in state:
                 self._complete_state(p, config)
@@ -273,7 +273,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         ordinal = sum(len(g["params"]) for g in self.param_groups[:gindex]) + pindex
         batch = Batch(self.optimizer_name)
         with torch.no_grad():
-            self._add(batch, p, self.get_config(gindex, pindex, group), ordinal)
+            self._add(batch, p, self.state[p], self.get_config(gindex, pindex, group), ordinal)
             batch.run()
 
 

@@ -185,8 +185,7 @@ def limited_learning_rate(p: torch.Tensor, call) -> dict[str, float]:
         call: the call of the operator that would step its local part.
     """
     settings = call.settings
-    part, unorm = call.p[0], call.unorm[0]
-    call.on_copies()
+    part, unorm = call.p[0], call.norm_of_update()
     norm, param_norm = (_global_norm(value, p) for value in (unorm.squeeze(), torch.linalg.vector_norm(part, dtype=torch.float32)))
     unorm.fill_(norm)
     limit = settings["max_unorm"] * param_norm

@@ -48,9 +48,9 @@ class _Table:
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.tensors, self.plain = tensors, tensors
-        if not all(map(torch.Tensor.is_contiguous, tensors)):
+        if not all([tensor.is_contiguous() for tensor in tensors]):
             self.plain = [tensor.contiguous() for tensor in tensors]
-        self.addresses = array("Q", map(torch.Tensor.data_ptr, self.plain))
+        self.addresses = array("Q", [tensor.data_ptr() for tensor in self.plain])
 
     def write_back(self) -> None:
         if self.plain is not self.tensors:
@@ -63,10 +63,6 @@ def _start(numbers: array) -> Optional[int]:
     return numbers.buffer_info()[0] if numbers else None
 
 
-def _numbers(values) -> array:
-    return array("q", values)
-
-
 def _span(tensor: torch.Tensor) -> int:
     """Bytes from the first to behind the last element of a tensor of any strides."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -76,9 +72,18 @@ def _span(tensor: torch.Tensor) -> int:
 def _overlap(tensors: list[torch.Tensor]) -> bool:
     """Whether two of the tensors may share memory."""
     width = tensors[0].element_size()
-    spans = (tensor.numel() * width if tensor.is_contiguous() else _span(tensor) for tensor in tensors)
-    ranges = sorted(zip(map(torch.Tensor.data_ptr, tensors), spans))
-    return any(start + span > following for (start, span), (following, _) in pairwise(ranges))
+    spans = [tensor.numel() * width if tensor.is_contiguous() else _span(tensor) for tensor in tensors]
+    ranges = sorted(zip([tensor.data_ptr() for tensor in tensors], spans))
+    return any([start + span > following for (start, span), (following, _) in pairwise(ranges)])
+
+
+def _note_changes(tensors: list[torch.Tensor]) -> None:
+    """Tells autograd that the values it may have saved are gone."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # before torch 2.6 one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _run_one_by_one(name, p, g, moments, absmax, qmaps, unorm, s: Settings, max_unorm, param_norm, skip_zeros, seeds) -> None:
@@ -95,7 +100,7 @@ def _run(name, p, g, moments, absmax, qmaps, unorm, s: Settings, max_unorm, para
         return _run_one_by_one(name, p, g, moments, absmax, qmaps, unorm, s, max_unorm, param_norm, skip_zeros, seeds)
     written = [_Table(tensors) for tensors in (p, moments, absmax)]
     gradients, codes = _Table(g), _Table(qmaps)
-    sizes, dtypes, seeds = (_numbers(values) for values in (map(torch.Tensor.numel, p), (DTYPES[gradient.dtype] for gradient in g), seeds))
+    sizes, dtypes, seeds = (array("q", numbers) for numbers in ([t.numel() for t in p], [DTYPES[t.dtype] for t in g], seeds))
     norms = array("f", bytes(4 * len(p) if max_unorm > 0.0 else 0))
     parameters, moments, absmax = (_start(table.addresses) for table in written)
     tensors = _Tensors(
@@ -111,8 +116,7 @@ def _run(name, p, g, moments, absmax, qmaps, unorm, s: Settings, max_unorm, para
         table.write_back()
     for tensor, norm in zip(unorm, norms):
         tensor.fill_(norm)
-    for parameter in p:  # autograd must know that the values it may have saved are gone
-        torch.autograd.graph.increment_version(parameter)
+    _note_changes(p)
 
 
 @_kernel("optimizer_step")
