@@ -10,8 +10,12 @@ set(BNB_EXACT_SOURCES
 )
 # Every architecture; products may be fused with sums.
 set(BNB_GENERIC_SOURCES
+    csrc/cuda/gemm_4bit_simple.cu
 )
-# Tensor cores of sm_75 alone, of sm_80 and later, and of sm_90 alone.
+# Tensor cores: any, of sm_75 alone, of sm_80 and later, and of sm_90 alone.
+set(BNB_TENSOR_SOURCES
+    csrc/cuda/gemm_4bit_skinny.cu
+)
 set(BNB_MMA75_SOURCES
 )
 set(BNB_MMA80_SOURCES
@@ -21,16 +25,17 @@ set(BNB_SM90_SOURCES
 # The C interface, plain C++.
 set(BNB_GPU_API_SOURCES
     csrc/api/cuda_api.cpp
+    csrc/api/cuda_gemm_api.cpp
 )
 
 # ---------------------------------------------------------------------------------------------------------------------- emulation
 if(BNB_CUDA_EMULATION)
     find_package(Threads REQUIRED)
-    set(BNB_EMULATED_SOURCES ${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES} ${BNB_MMA75_SOURCES} ${BNB_MMA80_SOURCES} ${BNB_SM90_SOURCES})
+    set(BNB_EMULATED_SOURCES ${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES} ${BNB_TENSOR_SOURCES} ${BNB_MMA75_SOURCES} ${BNB_MMA80_SOURCES} ${BNB_SM90_SOURCES})
     set_source_files_properties(${BNB_EMULATED_SOURCES} PROPERTIES LANGUAGE CXX)
     add_library(bitsandbytes SHARED csrc/cuda/emulation.cpp ${BNB_EMULATED_SOURCES} ${BNB_GPU_API_SOURCES})
     target_compile_definitions(bitsandbytes PRIVATE BNB_CUDA_EMULATION=1)
-    foreach(group EXACT GENERIC MMA75 MMA80 SM90)
+    foreach(group EXACT GENERIC TENSOR MMA75 MMA80 SM90)
         if(BNB_${group}_SOURCES)
             target_compile_definitions(bitsandbytes PRIVATE BNB_HAS_${group}=1)
         endif()
@@ -139,6 +144,7 @@ function(add_gpu_kernels group architectures sources)
 endfunction()
 
 architectures_between(0 999 BNB_ARCHITECTURES)
+architectures_between(75 999 BNB_ARCHITECTURES_TENSOR)
 architectures_between(75 79 BNB_ARCHITECTURES_75)
 architectures_between(80 999 BNB_ARCHITECTURES_80)
 set(BNB_ARCHITECTURES_90)
@@ -148,6 +154,7 @@ endif()
 
 add_gpu_kernels(EXACT "${BNB_ARCHITECTURES}" "${BNB_EXACT_SOURCES}" --fmad=false)
 add_gpu_kernels(GENERIC "${BNB_ARCHITECTURES}" "${BNB_GENERIC_SOURCES}")
+add_gpu_kernels(TENSOR "${BNB_ARCHITECTURES_TENSOR}" "${BNB_TENSOR_SOURCES}")
 add_gpu_kernels(MMA75 "${BNB_ARCHITECTURES_75}" "${BNB_MMA75_SOURCES}")
 add_gpu_kernels(MMA80 "${BNB_ARCHITECTURES_80}" "${BNB_MMA80_SOURCES}")
 add_gpu_kernels(SM90 "${BNB_ARCHITECTURES_90}" "${BNB_SM90_SOURCES}")

@@ -26,20 +26,6 @@ __device__ __forceinline__ const Levels16& shared_levels(QuantType quant_type) {
     return levels;
 }
 
-// Which block an element is in. Sizes that are powers of two, as all usual ones are, need no division.
-struct BlockOf {
-    int64_t blocksize;
-    int shift; // -1: not a power of two
-
-    explicit BlockOf(int64_t blocksize) : blocksize(blocksize), shift(-1) {
-        for (int bits = 0; bits < 62; ++bits)
-            if (int64_t(1) << bits == blocksize)
-                shift = bits;
-    }
-
-    __device__ __forceinline__ int64_t operator()(int64_t element) const { return shift >= 0 ? element >> shift : element / blocksize; }
-};
-
 // Every vector lies in one block and is aligned.
 template <typename T, bool nested>
 __global__ void __launch_bounds__(kThreads)

@@ -72,25 +72,33 @@ struct RowBlocks {
 };
 
 // A scale as it comes from memory. Fetching and decoding are apart so that a kernel can fetch early.
-struct RawScale {
+template <bool nested> struct RawScale {
+    float absmax;
+};
+template <> struct RawScale<true> {
     float absmax;
     uint32_t code;
 };
 
-__device__ __forceinline__ RawScale fetch_scale(const BlockScales& scales, uint32_t block) {
-    if (scales.absmax_8bit == nullptr)
-        return {__ldg(scales.absmax + block), 0};
-    return {__ldg(scales.absmax + (block >> kNestedBlockShift)), __ldg(scales.absmax_8bit + block)};
+template <bool nested> __device__ __forceinline__ RawScale<nested> fetch_scale(const BlockScales& scales, uint32_t block) {
+    if constexpr (nested)
+        return {__ldg(scales.absmax + (block >> kNestedBlockShift)), __ldg(scales.absmax_8bit + block)};
+    else
+        return {__ldg(scales.absmax + block)};
 }
 
-__device__ __forceinline__ float decode_scale(const BlockScales& scales, RawScale raw, float offset) {
-    if (scales.absmax_8bit == nullptr)
+template <bool nested> __device__ __forceinline__ float decode_scale(const BlockScales& scales, const RawScale<nested>& raw, float offset) {
+    if constexpr (nested)
+        return __fadd_rn(__fmul_rn(__ldg(scales.absmax_code + raw.code), raw.absmax), offset);
+    else
         return raw.absmax;
-    return __fadd_rn(__fmul_rn(__ldg(scales.absmax_code + raw.code), raw.absmax), offset);
 }
 
-__device__ __forceinline__ float scale_offset(const BlockScales& scales) {
-    return scales.absmax_8bit == nullptr ? 0.0f : __ldg(scales.absmax_offset);
+template <bool nested> __device__ __forceinline__ float scale_offset(const BlockScales& scales) {
+    if constexpr (nested)
+        return __ldg(scales.absmax_offset);
+    else
+        return 0.0f;
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------- host
