@@ -7,6 +7,7 @@
 set(BNB_EXACT_SOURCES
     csrc/cuda/runtime.cu
     csrc/cuda/dequantize.cu
+    csrc/cuda/quantize.cu
 )
 # Every architecture; products may be fused with sums.
 set(BNB_GENERIC_SOURCES

@@ -43,3 +43,36 @@ int32_t bnb_cuda_dequantize_4bit(const uint8_t* A, const float* absmax, const ui
         return kBadArgument;
     return on_device(device, launch_dequantize_4bit, DequantizeArgs4bit{A, scales, out, n, blocksize, QuantType(quant_type), DType(dtype)}, stream);
 }
+
+int32_t bnb_cuda_quantize_4bit(const void* A, int32_t dtype, int64_t n, int64_t blocksize, int32_t quant_type, float* absmax, uint8_t* out,
+                               int32_t device, void* stream) {
+    if (!is_dtype(dtype) || !is_quant_type(quant_type) || !are_sizes(n, blocksize))
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    return on_device(device, launch_quantize_4bit, QuantizeArgs4bit{A, absmax, out, n, blocksize, QuantType(quant_type), DType(dtype)}, stream);
+}
+
+int32_t bnb_cuda_quantize_blockwise(const float* code, const void* A, int32_t dtype, int64_t n, int64_t blocksize, float* absmax, uint8_t* out,
+                                    int32_t device, void* stream) {
+    if (!is_dtype(dtype) || !are_sizes(n, blocksize))
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (code == nullptr || A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    return on_device(device, launch_quantize_blockwise, QuantizeArgsBlockwise{code, A, absmax, out, n, blocksize, DType(dtype)}, stream);
+}
+
+int32_t bnb_cuda_dequantize_blockwise(const float* code, const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t dtype, void* out,
+                                      int32_t device, void* stream) {
+    if (!is_dtype(dtype) || !are_sizes(n, blocksize))
+        return kBadArgument;
+    if (n == 0)
+        return kOk;
+    if (code == nullptr || A == nullptr || absmax == nullptr || out == nullptr)
+        return kBadArgument;
+    return on_device(device, launch_dequantize_blockwise, DequantizeArgsBlockwise{code, A, absmax, out, n, blocksize, DType(dtype)}, stream);
+}

@@ -19,6 +19,17 @@ BNB_API int32_t bnb_cuda_version(void);
 // 10 * major + minor, or 0 without such a device.
 BNB_API int32_t bnb_cuda_capability(int32_t device);
 
+// absmax: ceil(n / blocksize) floats; out: ceil(n / 2) bytes.
+BNB_API int32_t bnb_cuda_quantize_4bit(const void* A, int32_t dtype, int64_t n, int64_t blocksize, int32_t quant_type, float* absmax, uint8_t* out,
+                                       int32_t device, void* stream);
+
+// code: 256 ascending floats. That they are is not checked: it would take a copy to the host. Others give codes without meaning.
+BNB_API int32_t bnb_cuda_quantize_blockwise(const float* code, const void* A, int32_t dtype, int64_t n, int64_t blocksize, float* absmax, uint8_t* out,
+                                            int32_t device, void* stream);
+
+BNB_API int32_t bnb_cuda_dequantize_blockwise(const float* code, const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t dtype,
+                                              void* out, int32_t device, void* stream);
+
 // With absmax_8bit (nested statistics) absmax holds one float for each 256 blocks.
 BNB_API int32_t bnb_cuda_dequantize_4bit(const uint8_t* A, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
                                          const float* absmax_offset, int64_t n, int64_t blocksize, int32_t quant_type, int32_t dtype, void* out,

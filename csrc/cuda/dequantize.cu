@@ -18,67 +18,101 @@ constexpr int kVectorsPerThread = 4;
 __constant__ Levels16 fp4_levels = kFP4Levels;
 __constant__ Levels16 nf4_levels = kNF4Levels;
 
-__device__ __forceinline__ const Levels16& shared_levels(QuantType quant_type) {
-    Levels16& levels = shared_variable<Levels16>();
-    if (threadIdx.x < 16)
-        levels.value[threadIdx.x] = (quant_type == kNF4 ? nf4_levels : fp4_levels).value[threadIdx.x];
+// Where values come from: codes, the values that codes stand for, and the scales of blocks. A block of threads keeps the values in shared memory.
+template <bool nested> struct FourBits {
+    static constexpr int kBits = 4;
+    struct Levels {
+        float value[16];
+    };
+    const uint8_t* codes;
+    BlockScales scales;
+    QuantType quant_type;
+
+    __device__ __forceinline__ float level(int i) const { return (quant_type == kNF4 ? nf4_levels : fp4_levels).value[i]; }
+    __device__ __forceinline__ float scale(int64_t block) const { return scale_of_block<nested>(scales, block); }
+    static __device__ __forceinline__ int code(const uint8_t* codes, int64_t i) { return get_nibble(codes, i); }
+};
+
+struct EightBits {
+    static constexpr int kBits = 8;
+    struct Levels {
+        float value[256];
+    };
+    const uint8_t* codes;
+    const float* absmax;
+    const float* values;
+
+    __device__ __forceinline__ float level(int i) const { return values[i]; }
+    __device__ __forceinline__ float scale(int64_t block) const { return __ldg(absmax + block); }
+    static __device__ __forceinline__ int code(const uint8_t* codes, int64_t i) { return codes[i]; }
+};
+
+template <typename Source> __device__ __forceinline__ const float* shared_levels(const Source& source) {
+    using Levels = typename Source::Levels;
+    Levels& levels = shared_variable<Levels>();
+    for (int i = int(threadIdx.x); i < int(sizeof(Levels) / sizeof(float)); i += kThreads)
+        levels.value[i] = source.level(i);
     __syncthreads();
-    return levels;
+    return levels.value;
 }
 
 // Every vector lies in one block and is aligned.
-template <typename T, bool nested>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_4bit_vectors(const uint8_t* __restrict__ input, BlockScales scales, T* __restrict__ output, int64_t n, BlockOf block_of, QuantType quant_type) {
-    constexpr int count = kPerVector<T>;
-    const Levels16& levels = shared_levels(quant_type);
+template <typename T, typename Source>
+__global__ void __launch_bounds__(kThreads) dequantize_vectors(Source source, T* __restrict__ output, int64_t n, BlockOf block_of) {
+    constexpr int count = kPerVector<T>, packed_bytes = count * Source::kBits / 8;
+    const float* levels = shared_levels(source);
     const int64_t first = (int64_t(blockIdx.x) * kVectorsPerThread * kThreads + threadIdx.x) * count;
 #pragma unroll
     for (int step = 0; step < kVectorsPerThread; ++step) {
         const int64_t i = first + int64_t(step) * kThreads * count;
         if (i >= n)
             return;
-        const float scale = scale_of_block<nested>(scales, block_of(i));
+        const float scale = source.scale(block_of(i));
         if (i + count > n) {
             for (int64_t k = i; k < n; ++k)
-                output[k] = narrow<T>(__fmul_rn(levels.value[get_nibble(input, k)], scale));
+                output[k] = narrow<T>(__fmul_rn(levels[Source::code(source.codes, k)], scale));
             return;
         }
-        const auto packed = load_once(reinterpret_cast<const Vector<uint8_t, count / 2>*>(input + i / 2));
+        const auto packed = load_once(reinterpret_cast<const Vector<uint8_t, packed_bytes>*>(source.codes + i * Source::kBits / 8));
         float values[count];
 #pragma unroll
         for (int k = 0; k < count; ++k)
-            values[k] = __fmul_rn(levels.value[get_nibble(packed.value, k)], scale);
+            values[k] = __fmul_rn(levels[Source::code(packed.value, k)], scale);
         store_once(reinterpret_cast<Vector<T, count>*>(output + i), narrow_vector<T>(values));
     }
 }
 
 // Any block size and any alignment: one element at a time.
-template <typename T, bool nested>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_4bit_elements(const uint8_t* __restrict__ input, BlockScales scales, T* __restrict__ output, int64_t n, BlockOf block_of, QuantType quant_type) {
-    const Levels16& levels = shared_levels(quant_type);
+template <typename T, typename Source>
+__global__ void __launch_bounds__(kThreads) dequantize_elements(Source source, T* __restrict__ output, int64_t n, BlockOf block_of) {
+    const float* levels = shared_levels(source);
     const int64_t i = global_thread();
     if (i < n)
-        output[i] = narrow<T>(__fmul_rn(levels.value[get_nibble(input, i)], scale_of_block<nested>(scales, block_of(i))));
+        output[i] = narrow<T>(__fmul_rn(levels[Source::code(source.codes, i)], source.scale(block_of(i))));
 }
 
-template <typename T, bool nested> int32_t run_4bit(const DequantizeArgs4bit& args, Stream stream) {
-    constexpr int count = kPerVector<T>;
-    T* output = static_cast<T*>(args.output);
-    const bool is_regular = args.blocksize % count == 0 && is_aligned(output, 16) && is_aligned(args.input, count / 2);
-    const int64_t elements = is_regular ? int64_t(kThreads) * kVectorsPerThread * count : kThreads;
-    return launch(is_regular ? dequantize_4bit_vectors<T, nested> : dequantize_4bit_elements<T, nested>, unsigned(divide_up(args.n, elements)), kThreads, 0,
-                  stream, args.input, args.scales, output, args.n, BlockOf(args.blocksize), args.quant_type);
+template <typename Source> int32_t run(const Source& source, DType dtype, void* result, int64_t n, int64_t blocksize, Stream stream) {
+    return with_element_type(dtype, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        constexpr int count = kPerVector<T>;
+        T* output = static_cast<T*>(result);
+        const bool is_regular = blocksize % count == 0 && is_aligned(output, 16) && is_aligned(source.codes, count * Source::kBits / 8);
+        const int64_t elements = is_regular ? int64_t(kThreads) * kVectorsPerThread * count : kThreads;
+        return launch(is_regular ? dequantize_vectors<T, Source> : dequantize_elements<T, Source>, unsigned(divide_up(n, elements)), kThreads, 0, stream,
+                      source, output, n, BlockOf(blocksize));
+    });
 }
 
 } // namespace
 
 int32_t launch_dequantize_4bit(const DequantizeArgs4bit& args, Stream stream) {
-    return with_element_type(args.dtype, [&](auto* element) {
-        using T = std::remove_pointer_t<decltype(element)>;
-        return args.scales.absmax_8bit == nullptr ? run_4bit<T, false>(args, stream) : run_4bit<T, true>(args, stream);
-    });
+    if (args.scales.absmax_8bit != nullptr)
+        return run(FourBits<true>{args.input, args.scales, args.quant_type}, args.dtype, args.output, args.n, args.blocksize, stream);
+    return run(FourBits<false>{args.input, args.scales, args.quant_type}, args.dtype, args.output, args.n, args.blocksize, stream);
+}
+
+int32_t launch_dequantize_blockwise(const DequantizeArgsBlockwise& args, Stream stream) {
+    return run(EightBits{args.input, args.absmax, args.code}, args.dtype, args.output, args.n, args.blocksize, stream);
 }
 
 } // namespace bnb

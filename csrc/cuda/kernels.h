@@ -51,6 +51,27 @@ struct BlockScales {
     const float* absmax_offset;  // [1]
 };
 
+struct QuantizeArgs4bit {
+    const void* input;
+    float* absmax;
+    uint8_t* output;
+    int64_t n, blocksize;
+    QuantType quant_type;
+    DType dtype;
+};
+int32_t launch_quantize_4bit(const QuantizeArgs4bit& args, Stream stream);
+
+// code: 256 ascending floats. Any others give codes without meaning.
+struct QuantizeArgsBlockwise {
+    const float* code;
+    const void* input;
+    float* absmax;
+    uint8_t* output;
+    int64_t n, blocksize;
+    DType dtype;
+};
+int32_t launch_quantize_blockwise(const QuantizeArgsBlockwise& args, Stream stream);
+
 struct DequantizeArgs4bit {
     const uint8_t* input;
     BlockScales scales;
@@ -60,6 +81,16 @@ struct DequantizeArgs4bit {
     DType dtype;
 };
 int32_t launch_dequantize_4bit(const DequantizeArgs4bit& args, Stream stream);
+
+struct DequantizeArgsBlockwise {
+    const float* code;
+    const uint8_t* input;
+    const float* absmax;
+    void* output;
+    int64_t n, blocksize;
+    DType dtype;
+};
+int32_t launch_dequantize_blockwise(const DequantizeArgsBlockwise& args, Stream stream);
 
 // -------------------------------------------------------------------------------------------------------------------- 4-bit products (gemm_4bit_*)
 // out[M, N] = A[M, K] . W[N, K]^T + bias, W being the dequantised weight; for the backward product out[M, K] = A[M, N] . W[N, K].
