@@ -14,6 +14,16 @@
 #include <pthread.h>
 #endif
 
+// glibc 2.34 moved these two from libdl to libc under a new version. The old version is on every system, so a wheel that is built on a new one runs on
+// an old one.
+#if defined(__GLIBC__) && defined(__x86_64__) && defined(__LP64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.17");
+__asm__(".symver dlsym, dlsym@GLIBC_2.17");
+#endif
+
 namespace bnb {
 namespace {
 
