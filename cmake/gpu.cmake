@@ -20,12 +20,15 @@ set(BNB_TENSOR_SOURCES
 set(BNB_MMA75_SOURCES
 )
 set(BNB_MMA80_SOURCES
+    csrc/cuda/gemm_4bit_backward.cu
+    csrc/cuda/gemm_4bit_tiled.cu
 )
 set(BNB_SM90_SOURCES
 )
 # The C interface, plain C++.
 set(BNB_GPU_API_SOURCES
     csrc/api/cuda_api.cpp
+    csrc/api/legacy_cuda_quantize.cpp
     csrc/api/cuda_gemm_api.cpp
 )
 

@@ -182,7 +182,7 @@ template <typename T, bool nested, int kUnit, int kRowGroups, int kTokenGroups> 
     if (token_blocks > 65535)
         return kUnsupported;
     const dim3 grid(unsigned(divide_up(args.N, 8 * kRowGroups)), unsigned(token_blocks));
-    return launch(gemm_4bit_skinny<T, nested, kUnit, kRowGroups, kTokenGroups>, grid, dim3(kWarps * kWarpSize), table_bytes(kWideStep), stream, args,
+    return launch(gemm_4bit_skinny<T, nested, kUnit, kRowGroups, kTokenGroups>, grid, dim3(kWarps * kWarpSize), kTableBytes<kWideStep>, stream, args,
                   levels_of_type(args.quant_type), BlockOf(args.blocksize).shift);
 }
 

@@ -19,7 +19,7 @@ constexpr int kEntryBytes = 8;
 // that one byte permutation makes the address; it costs as much shared memory again.
 constexpr int kNarrowStep = kTableCopies * kEntryBytes;
 constexpr int kWideStep = 2 * kNarrowStep;
-constexpr size_t table_bytes(int step) { return size_t(256) * size_t(step); }
+template <int step> constexpr size_t kTableBytes = size_t(256) * size_t(step);
 
 __device__ __forceinline__ uint32_t copy_of_lane() { return uint32_t(lane_index() % kTableCopies * kEntryBytes); }
 
