@@ -11,6 +11,13 @@
 #define BNB_HD static inline __attribute__((always_inline))
 #endif
 
+// BNB_MEMBER: the same for members of a class, which are inlined by the compiler's judgement on the host.
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define BNB_MEMBER __host__ __device__ __forceinline__
+#else
+#define BNB_MEMBER inline
+#endif
+
 // BNB_API: a C function that the library exports; everything else is hidden.
 #if defined(_WIN32)
 #define BNB_API extern "C" __declspec(dllexport)

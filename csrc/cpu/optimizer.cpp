@@ -3,8 +3,9 @@
 // Every byte of gradient, parameter and moments is read once and, save the gradient, written once; what is in between stays in registers and, for
 // codes and 16-bit elements, in the first cache. With a limit on the norm of the update the blocks are gone through twice, first without writing.
 #include "kernels.h"
-#include "optimizer_algorithms.h"
 #include "optimizer_block.h"
+
+#include "../common/optimizer_algorithms.h"
 
 namespace bnb {
 namespace BNB_ISA {
@@ -27,25 +28,15 @@ struct SumOfSquares {
     double total() const { return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])); }
 };
 
-// How all algorithms move a parameter. What is the same for every block of it is worked out once.
+// Moves the elements of a block.
 template <typename Algorithm> struct Stepper {
     static constexpr int kMoments = Algorithm::kMoments;
 
-    Algorithm algorithm;
-    F32 gnorm_scale, kept, decay, scale, step_size;
-    bool adds_decay, skips_zeros;
+    Movement<Algorithm> movement;
+    F32 scale;
+    bool skips_zeros;
 
-    Stepper(const OptimizerScalars& s, float scale)
-        : algorithm(s), gnorm_scale(splat(s.gnorm_scale)), kept(splat(s.kept)), decay(splat(s.decay)), scale(splat(scale)),
-          step_size(splat(s.step_size)), adds_decay(s.decay != 0.0f), skips_zeros(s.skips_zeros) {}
-
-    // The direction of W elements; the new moments are left in `moments`.
-    inline F32 direction(F32 raw_gradient, F32 value, F32* moments) const {
-        F32 g = mul(raw_gradient, gnorm_scale);
-        if (adds_decay)
-            g = fused(decay, value, g);
-        return algorithm.direction(g, moments);
-    }
+    Stepper(const OptimizerScalars& s, float scale) : movement(s), scale(splat(scale)), skips_zeros(s.skips_zeros) {}
 
     inline void load_moments(const Block& block, int64_t i, F32* moments) const {
         for (int k = 0; k < kMoments; ++k)
@@ -57,8 +48,8 @@ template <typename Algorithm> struct Stepper {
             F32 moments[kMoments];
             load_moments(block, i, moments);
             const F32 value = load(block.p + i);
-            const F32 update = direction(load(block.g + i), value, moments);
-            store(block.p + i, fused(step_size, mul(update, scale), mul(value, kept)));
+            const F32 update = movement.direction(load(block.g + i), value, moments);
+            store(block.p + i, movement.moved(value, update, scale));
             for (int k = 0; k < kMoments; ++k)
                 store(block.moments[k] + i, moments[k]);
         }
@@ -72,8 +63,8 @@ template <typename Algorithm> struct Stepper {
             load_moments(block, i, moments);
             const F32 raw = load(block.g + i), value = load(block.p + i);
             const Mask touched = differ(raw, splat(0.0f));
-            const F32 update = direction(raw, value, moments);
-            store(block.p + i, select(touched, fused(step_size, mul(update, scale), mul(value, kept)), value));
+            const F32 update = movement.direction(raw, value, moments);
+            store(block.p + i, select(touched, movement.moved(value, update, scale), value));
             for (int k = 0; k < kMoments; ++k)
                 store(block.moments[k] + i, select(touched, moments[k], load(block.moments[k] + i)));
             any = select(touched, splat_bits(1), any);
@@ -86,7 +77,7 @@ template <typename Algorithm> struct Stepper {
             F32 moments[kMoments];
             load_moments(block, i, moments);
             const F32 raw = load(block.g + i), zero = splat(0.0f);
-            const F32 update = direction(raw, load(block.p + i), moments);
+            const F32 update = movement.direction(raw, load(block.p + i), moments);
             store(updates + i, skips_zeros ? select(differ(raw, zero), update, zero) : update);
         }
     }
@@ -123,12 +114,12 @@ OptimizerSquares measure_blocks(const OptimizerArgs& args, const OptimizerTensor
 } // namespace
 
 void optimizer_step(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
-    with_algorithm(args, [&](auto* algorithm) { step_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
+    with_algorithm(args.variant, [&](auto* algorithm) { step_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
 }
 
 OptimizerSquares optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
     OptimizerSquares squares{};
-    with_algorithm(args, [&](auto* algorithm) { squares = measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
+    with_algorithm(args.variant, [&](auto* algorithm) { squares = measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
     return squares;
 }
 

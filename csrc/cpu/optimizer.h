@@ -1,4 +1,4 @@
-// What the kernel of an optimizer step takes. The formulas are in optimizer_algorithms.h.
+// What the kernel of an optimizer step takes. The formulas are in ../common/optimizer_algorithms.h.
 #pragma once
 
 #include "../common/optimizer.h"
@@ -18,24 +18,11 @@ struct MomentCode {
     uint32_t negatives;     // how many values have a minus sign, 0 where all have one
 };
 
-// The scalars of a step as the kernels use them.
-struct OptimizerScalars {
-    float gnorm_scale;
-    float kept;  // 1 - lr * weight_decay where decay is decoupled, else 1
-    float decay; // weight_decay where it is added to the gradient, else 0
-    float step_size; // negative: p += step_size * direction
-    float beta1, rest1, beta2, rest2, beta3, rest3; // rest = 1 - beta
-    float alpha, eps, mean_correction, root_correction;
-    bool first_step, nesterov, skips_zeros;
-};
-
 struct OptimizerArgs {
     OptimizerScalars scalars;
-    OptimizerAlgorithm algorithm;
+    OptimizerVariant variant;
     DType dtype;
-    int moments;      // K
-    bool has_largest; // Adam: AMSGrad
-    bool has_momentum, has_mean; // RMSprop
+    int moments; // K
     bool in_8bit;
     MomentCode codes[kMostMoments];
     uint32_t step; // for the random numbers
@@ -52,11 +39,6 @@ struct OptimizerTensor {
     float scale;       // of the update, from the limit on its norm
     bool rounds_randomly;
     uint32_t seed;
-};
-
-// Sums of squares over a part of a parameter.
-struct OptimizerSquares {
-    double update, p;
 };
 
 } // namespace bnb

@@ -7,7 +7,8 @@
 #include "blocks.h"
 #include "find_code.h"
 #include "optimizer.h"
-#include "optimizer_rounding.h"
+
+#include "../common/optimizer_rounding.h"
 
 namespace bnb {
 namespace BNB_ISA {

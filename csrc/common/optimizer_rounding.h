@@ -1,7 +1,13 @@
 // Stochastic rounding to 16 bits: the definition is in bitsandbytes/backends/default/rounding.py.
+//
+// Written in the vocabulary of ../cpu/simd.h, which the includer chooses.
 #pragma once
 
-#include "simd.h"
+#include "types.h"
+
+#if !defined(BNB_ISA)
+#error "include a vocabulary first: ../cpu/simd.h or ../cuda/one_element.h"
+#endif
 
 namespace bnb {
 namespace BNB_ISA {
@@ -17,9 +23,9 @@ BNB_INLINE I32 mix(I32 x) {
 struct RandomBits {
     I32 seed_and_step;
 
-    RandomBits(uint32_t seed, uint32_t step) : seed_and_step(mix(add_bits(mix(splat_bits(seed)), splat_bits(step)))) {}
+    BNB_MEMBER RandomBits(uint32_t seed, uint32_t step) : seed_and_step(mix(add_bits(mix(splat_bits(seed)), splat_bits(step)))) {}
 
-    inline I32 of(int64_t first) const {
+    BNB_MEMBER I32 of(int64_t first) const {
         const I32 low = add_bits(lane_numbers(), splat_bits(uint32_t(first)));
         return shift_right<16>(mix(xor_bits(xor_bits(low, seed_and_step), mix(splat_bits(uint32_t(first >> 32))))));
     }
