@@ -18,7 +18,7 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart test build benchmark published-tests clean help
+.PHONY: quickstart test build benchmark docs published-tests clean help
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -34,6 +34,9 @@ build: $(VENV)/.package
 benchmark: $(VENV)/.quickstart
 	$(BIN)/python benchmarking/cpu_benchmark.py $(if $(PUBLISHED_PYTHON),--published $(PUBLISHED_PYTHON)) $(BENCHMARK_FLAGS)
 
+docs: $(VENV)/.test
+	$(BIN)/python docs/build.py
+
 published-tests: $(VENV)/.test
 	@test -d "$(PUBLISHED)/tests" || { echo 'Give a checkout of the published repository: make published-tests PUBLISHED=/path/to/it' >&2; exit 2; }
 	cd "$(PUBLISHED)" && BNB_TEST_DEVICE=$${BNB_TEST_DEVICE:-cpu} $(abspath $(BIN))/python -m pytest -p no:cacheprovider --continue-on-collection-errors $(PYTEST_FLAGS) $(addprefix tests/,$(PUBLISHED_TESTS))
@@ -46,6 +49,7 @@ help:
 	@echo 'make test             virtual environment, install, and the tests (PYTEST_FLAGS="-k name")'
 	@echo 'make build            virtual environment and editable install, native library included'
 	@echo 'make benchmark        speed, against the published wheel with PUBLISHED_PYTHON=/path/to/its/python'
+	@echo 'make docs             the documentation as HTML, in build/docs'
 	@echo 'make published-tests  the published test suite against this package, PUBLISHED=/path/to/its/checkout'
 	@echo 'make clean            remove everything that the above made'
 	@echo 'Options: PYTHON=python3.11  VENV=.venv  PIP_FLAGS="--index-url ..."'

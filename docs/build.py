@@ -122,17 +122,18 @@ def members_of(found: Any, lines: str) -> list[str]:
     return [name for name in names if name != "__init__"]
 
 
-def document(name: str, lines: str) -> str:
+def document(name: str, lines: str, kind: str = "function") -> str:
     """HTML for one ``[[autodoc]]`` entry."""
     found = resolve(name)
     short = name.removeprefix("bitsandbytes.")
-    kind = "class" if inspect.isclass(found) else "property" if isinstance(found, property) else "function"
+    kind = "class" if inspect.isclass(found) else "property" if isinstance(found, property) else kind
     docstring = inspect.getdoc(found) or ""
-    if inspect.isclass(found) and "Args:" not in docstring and vars(found).get("__init__") is not None:
-        docstring = f"{docstring}\n\n{inspect.getdoc(found.__init__) or ''}"
+    of_constructor = vars(found).get("__init__") if inspect.isclass(found) else None
+    if of_constructor is not None and of_constructor.__doc__ and "Args:" not in docstring:
+        docstring = f"{docstring}\n\n{inspect.cleandoc(of_constructor.__doc__)}"
     head = f'<span class="kind">{kind}</span> <b>{html.escape(short)}</b>{html.escape(signature_of(found))}'
     body = render_docstring(Docstring.parse(docstring))
-    inner = "".join(document(f"{name}.{member}", "") for member in members_of(found, lines))
+    inner = "".join(document(f"{name}.{member}", "", "method") for member in members_of(found, lines))
     return f'<div class="object" id="{html.escape(name)}"><div class="signature">{head}</div><div class="docstring">{body}{inner}</div></div>'
 
 
@@ -168,6 +169,7 @@ def as_markdown(text: str) -> str:
     """reStructuredText literals and literal blocks of docstrings in Markdown."""
     text = re.sub(r"::\n\n((?:    .*\n?|\n)+)", lambda match: f":\n\n```python\n{inspect.cleandoc(match.group(1))}\n```\n", text)
     text = re.sub(r":func:`(\w+)`", r"`\1`", text)
+    text = re.sub(r"(?<![(<])https://[^\s),;]+\w", r"<\g<0>>", text)
     return text.replace("``", "`") if "```" not in text else text
 
 
