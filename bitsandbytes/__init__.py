@@ -7,6 +7,7 @@ library, opens no connection and initialises no device.
 import importlib.metadata
 
 from . import _ops, cextension, consts, cuda_specs, utils  # noqa: F401  (operators first, then the library, then kernels)
+from .backends import cuda as cuda_backend  # noqa: F401
 from .backends.cpu import int8 as cpu_int8, ops as cpu_ops, optimizers as cpu_optimizers  # noqa: F401
 from .backends.default import ops as default_ops  # noqa: F401
 from . import functional, nn, optim  # noqa: F401  # isort: skip

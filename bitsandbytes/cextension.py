@@ -1,7 +1,8 @@
-"""Finds and loads the native library, once, when the package is imported.
+"""Finds and loads the native libraries, once, when the package is imported.
 
-``lib`` is the loaded library, or a stand-in whose functions explain on call why there is none: importing never fails, because
-every operator also has a PyTorch kernel. Nothing is logged on a healthy machine.
+``lib`` is the library for this machine's accelerator, or for the CPU where there is none; ``cpu_lib`` is the one that serves CPU tensors, and lends
+``lib`` what that lacks. Each may be a stand-in whose functions explain on call why there is no library: importing never fails, because every operator
+also has a PyTorch kernel. Nothing is logged on a healthy machine.
 """
 
 import ctypes as ct
@@ -151,6 +152,7 @@ class BNBNativeLibrary:
     """
 
     _lib: ct.CDLL
+    _cpu: ct.CDLL | None = None
     compiled_with_cuda = False
 
     def __init__(self, lib: ct.CDLL):
@@ -172,8 +174,12 @@ class BNBNativeLibrary:
     def __getitem__(self, name: str):
         return getattr(self, name)
 
+    def complete_with(self, cpu_library: "BNBNativeLibrary") -> None:
+        """Functions that are looked up from now on and missing here are taken from the CPU library."""
+        self._cpu = cpu_library._lib
+
     def _find(self, name: str):
-        return getattr(self._lib, name, None) or _always_raises(
+        return getattr(self._lib, name, None) or getattr(self._cpu, name, None) or _always_raises(
             f"{name} is not available in CPU-only builds of bitsandbytes, and this build has no such function. "
             "Install a build for the accelerator that it runs on."
         )
@@ -206,7 +212,7 @@ class ErrorHandlerMockBNBNativeLibrary(BNBNativeLibrary):
         self.formatted_error = _explain(error_msg, self.requested_version, self.available_versions)
 
     def _find(self, name: str):
-        return _always_raises(f"{self.formatted_error}Native code method attempted to call: lib.{name}()")
+        return getattr(self._cpu, name, None) or _always_raises(f"{self.formatted_error}Native code method attempted to call: lib.{name}()")
 
 
 def _always_raises(message: str):
@@ -263,6 +269,10 @@ def _detect_backend() -> str:
     return "CPU"
 
 
+def _cpu_library_path() -> Path:
+    return PACKAGE_DIR / f"libbitsandbytes_cpu{DYNAMIC_LIBRARY_SUFFIX}"
+
+
 def _library_path() -> Path:
     """The file for this machine.
 
@@ -273,7 +283,7 @@ def _library_path() -> Path:
         return get_xpu_bnb_library_path()
     version = get_cuda_version_tuple()
     if version is None or not gpu_is_visible():
-        return PACKAGE_DIR / f"libbitsandbytes_cpu{DYNAMIC_LIBRARY_SUFFIX}"
+        return _cpu_library_path()
     path = _gpu_library_path(version)
     if not path.exists():
         raise RuntimeError(f"No compatible {_runtime_name()} library: no binary found at {path}. Choose another with {_override_variable()}.")
@@ -288,13 +298,17 @@ def get_native_library() -> BNBNativeLibrary:
         OSError: the file is missing, cut short or cannot be loaded.
     """
     path = _library_path()
-    _require_whole(path)
-    library = ct.cdll.LoadLibrary(str(path))
+    library = _open(path)
     if hasattr(library, "get_context"):
         return CudaBNBNativeLibrary(library)
     if path.name.startswith("libbitsandbytes_xpu"):
         return XpuBNBNativeLibrary(library)
     return BNBNativeLibrary(library)
+
+
+def _open(path: Path) -> ct.CDLL:
+    _require_whole(path)
+    return ct.cdll.LoadLibrary(str(path))
 
 
 def _require_whole(path: Path) -> None:
@@ -320,9 +334,26 @@ def _load() -> BNBNativeLibrary:
         if BNB_BACKEND in ("CUDA", "ROCm"):
             logger.error("bitsandbytes could not load its %s library: %s", BNB_BACKEND, error, exc_info=True)
             return ErrorHandlerMockBNBNativeLibrary(str(error))
-        if _library_path().exists():
-            logger.warning("bitsandbytes could not load its native library and is slower without it: %s", error)
-        return ErrorHandlerMockBNBNativeLibrary(_NO_GPU_LIBRARY_NEEDED)
+        return _do_without(_library_path(), error)
+
+
+def _do_without(path: Path, error: Exception) -> BNBNativeLibrary:
+    if path.exists():
+        logger.warning("bitsandbytes could not load its native library and is slower without it: %s", error)
+    return ErrorHandlerMockBNBNativeLibrary(_NO_GPU_LIBRARY_NEEDED)
+
+
+def _load_cpu_library(library: BNBNativeLibrary) -> BNBNativeLibrary:
+    """The library that serves CPU tensors: ``library`` itself on a machine without an accelerator, else one that completes it."""
+    if BNB_BACKEND == "CPU":
+        return library
+    path = _cpu_library_path()
+    try:
+        cpu_library = BNBNativeLibrary(_open(path))
+    except OSError as error:
+        return _do_without(path, error)
+    library.complete_with(cpu_library)
+    return cpu_library
 
 
 def check_status(status: int, what: str) -> None:
@@ -350,3 +381,4 @@ def __getattr__(name: str):
 
 BNB_BACKEND = _detect_backend()
 lib = _load()
+cpu_lib = _load_cpu_library(lib)

@@ -7,14 +7,24 @@
 set(BNB_EXACT_SOURCES
     csrc/cuda/runtime.cu
     csrc/cuda/dequantize.cu
+    csrc/cuda/optimizer_32bit.cu
+    csrc/cuda/optimizer_8bit.cu
+    csrc/cuda/paging.cu
+    csrc/cuda/int8_quantize.cu
     csrc/cuda/quantize.cu
 )
 # Every architecture; products may be fused with sums.
 set(BNB_GENERIC_SOURCES
     csrc/cuda/gemm_4bit_simple.cu
+    csrc/cuda/int8_backward.cu
+    csrc/cuda/int8_choice.cu
+    csrc/cuda/int8_rows.cu
+    csrc/cuda/int8_strided.cu
 )
 # Tensor cores: any, of sm_75 alone, of sm_80 and later, and of sm_90 alone.
 set(BNB_TENSOR_SOURCES
+    csrc/cuda/int8_backward_tiles.cu
+    csrc/cuda/int8_tiles.cu
     csrc/cuda/gemm_4bit_skinny.cu
 )
 set(BNB_MMA75_SOURCES
@@ -28,6 +38,11 @@ set(BNB_SM90_SOURCES
 # The C interface, plain C++.
 set(BNB_GPU_API_SOURCES
     csrc/api/cuda_api.cpp
+    csrc/api/cuda_optimizer_api.cpp
+    csrc/api/legacy_cuda_optimizer.cpp
+    csrc/api/cuda_int8_api.cpp
+    csrc/api/legacy_cuda_int8.cpp
+    csrc/api/legacy_cuda_gemm.cpp
     csrc/api/legacy_cuda_quantize.cpp
     csrc/api/cuda_gemm_api.cpp
 )

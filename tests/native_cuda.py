@@ -60,6 +60,9 @@ class EmulatedLibrary:
         setattr(self, name, function)
         return function
 
+    def __getitem__(self, name: str):
+        return getattr(self, name)
+
     def be(self, capability: int = 90, reversed_threads: bool = False) -> None:
         """Sets the compute capability that is emulated and the order in which threads run."""
         self.bnb_emulation_set_capability(capability)

@@ -1,7 +1,9 @@
 """The CUDA kernels that quantise and dequantise give the bytes of the reference."""
 
+import ctypes as ct
+
 from helpers import FLOAT_DTYPES, QUANT_TYPES, bell
-from native_cpu import FP4_THRESHOLDS, NF4_THRESHOLDS
+from native_cpu import FP4_THRESHOLDS, NF4_THRESHOLDS, at_page_edge
 from native_cuda import cuda, cuda_once, emulated_library, same_bits_but_any_nan  # noqa: F401  (fixtures among them)
 import numpy as np
 import pytest
@@ -192,3 +194,92 @@ def test_nothing_is_done_with_nothing(cuda_once):
     codes, absmax = ops.quantize_blockwise(torch.empty(0, 3), signed_map(), 256)
     assert codes.shape == (0, 3) and absmax.shape == (0,)
     assert ops.dequantize_blockwise(codes, absmax, signed_map(), 256, torch.float16).shape == (0, 3)
+
+
+# ------------------------------------------------------------------------------------------------ the C interface and the old names
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def pointer(tensor):
+    return None if tensor is None else ct.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", [None, *QUANT_TYPES])
+def test_old_names_take_what_other_projects_give_them(cuda_once, quant_type, dtype):
+    n, blocksize = 1000, 64
+    x = awkward(n, dtype)
+    suffix = DTYPE_NAMES[dtype] if quant_type is None else f"{DTYPE_NAMES[dtype]}_{quant_type}"
+    code = None if quant_type else signed_map()
+    absmax, codes, out = torch.zeros(16), torch.zeros(n if quant_type is None else n // 2, dtype=torch.uint8), torch.zeros(n, dtype=dtype)
+    cuda_once[f"cquantize_blockwise_{suffix}"](pointer(code), pointer(x), pointer(absmax), pointer(codes), ct.c_int32(blocksize), ct.c_int(n))
+    cuda_once[f"cdequantize_blockwise_{suffix}"](
+        pointer(code), pointer(codes), pointer(absmax), pointer(out), ct.c_int32(blocksize), ct.c_int(n), ct.c_void_p(None)
+    )
+    if quant_type is None:
+        expected_codes, expected_absmax = reference.quantize_blockwise(x, code, blocksize)
+        expected = reference.dequantize_blockwise(codes, absmax, code, blocksize, dtype)
+    else:
+        expected_codes, expected_absmax = reference.quantize_4bit(x, blocksize, quant_type, torch.uint8)
+        expected = reference.dequantize_4bit(codes, absmax, blocksize, quant_type, (n,), dtype)
+    same_bits_but_any_nan(codes, expected_codes.view(-1))
+    same_bits_but_any_nan(absmax, expected_absmax)
+    same_bits_but_any_nan(out, expected)
+
+
+@pytest.mark.parametrize("count, blocksize", [(-1, 64), (64, 0), (64, -3)])
+def test_old_names_leave_the_output_alone_when_sizes_are_wrong(cuda_once, count, blocksize):
+    absmax, codes = torch.full((4,), 7.0), torch.full((64,), 7, dtype=torch.uint8)
+    cuda_once.cquantize_blockwise_fp32_nf4(None, pointer(torch.ones(64)), pointer(absmax), pointer(codes), ct.c_int(blocksize), ct.c_int(count))
+    assert (absmax == 7).all() and (codes == 7).all()
+
+
+BAD_ARGUMENTS = {
+    "dtype": {"dtype": 3},
+    "quant_type": {"quant_type": 0},
+    "count": {"n": -1},
+    "too many": {"n": 2**61},
+    "blocksize": {"blocksize": 0},
+    "input": {"A": None},
+    "absmax": {"absmax": None},
+    "output": {"out": None},
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_ARGUMENTS)
+def test_bad_arguments_are_a_status(cuda_once, wrong):
+    x, absmax, codes, code = torch.ones(64), torch.zeros(1), torch.zeros(64, dtype=torch.uint8), signed_map()
+    given = {"A": pointer(x), "dtype": 0, "n": 64, "blocksize": 64, "quant_type": 2, "absmax": pointer(absmax), "out": pointer(codes)}
+    given |= BAD_ARGUMENTS[wrong]
+    A, dtype, n, blocksize, quant_type, absmax_pointer, out = given.values()
+    n, blocksize = ct.c_int64(n), ct.c_int64(blocksize)
+    functions = [
+        lambda: cuda_once.bnb_cuda_quantize_4bit(A, dtype, n, blocksize, quant_type, absmax_pointer, out, *cuda_once.where),
+        lambda: cuda_once.bnb_cuda_dequantize_4bit(
+            A, absmax_pointer, None, None, None, n, blocksize, quant_type, dtype, out, *cuda_once.where),
+        lambda: cuda_once.bnb_cuda_quantize_blockwise(pointer(code), A, dtype, n, blocksize, absmax_pointer, out, *cuda_once.where),
+        lambda: cuda_once.bnb_cuda_dequantize_blockwise(pointer(code), A, absmax_pointer, n, blocksize, dtype, out, *cuda_once.where),
+    ]  # fmt: skip
+    if wrong == "quant_type":
+        functions = functions[:2]
+    assert [function() for function in functions] == [1] * len(functions)
+
+
+@pytest.mark.parametrize("n, blocksize", [(1001, 64), (4096 + 8, 4096), (999, 33)])
+def test_nothing_beyond_the_operands_is_read_or_written(cuda_once, n, blocksize):
+    """Every operand ends where an unreadable page begins."""
+    x, code = at_page_edge(awkward(n, torch.float32).numpy(), at_end=True), at_page_edge(signed_map().numpy(), at_end=True)
+    absmax = at_page_edge(np.zeros(-(-n // blocksize), np.float32), at_end=True)
+    packed, codes = (at_page_edge(np.zeros(size, np.uint8), at_end=True) for size in ((n + 1) // 2, n))
+    out = at_page_edge(np.zeros(n, np.float32), at_end=True)
+    where, sizes = cuda_once.where, (ct.c_int64(n), ct.c_int64(blocksize))
+    x, code, absmax, packed, codes, out = (ct.c_void_p(array.ctypes.data) for array in (x, code, absmax, packed, codes, out))
+    assert cuda_once.bnb_cuda_quantize_4bit(x, 0, *sizes, 2, absmax, packed, *where) == 0
+    assert cuda_once.bnb_cuda_dequantize_4bit(packed, absmax, None, None, None, *sizes, 2, 0, out, *where) == 0
+    assert cuda_once.bnb_cuda_quantize_blockwise(code, x, 0, *sizes, absmax, codes, *where) == 0
+    assert cuda_once.bnb_cuda_dequantize_blockwise(code, codes, absmax, *sizes, 0, out, *where) == 0
+
+
+def test_the_handle_of_old_functions_is_not_null(cuda_once):
+    cuda_once.get_context.restype = ct.c_void_p
+    assert cuda_once.get_context() == cuda_once.get_context() is not None

@@ -4,6 +4,7 @@
 // to device memory unless said otherwise, and need the alignment of their elements only.
 #pragma once
 
+#include "../common/optimizer.h"
 #include "../common/types.h"
 
 #include <cstddef>
@@ -13,6 +14,8 @@ namespace bnb {
 using Stream = void*; // cudaStream_t or hipStream_t
 
 // ------------------------------------------------------------------------------------------------------------------------- the device
+constexpr int32_t kCurrentDevice = -1;
+
 // Makes `device` current for the thread until the end of the scope. `status()` is not kOk if there is no such device.
 class DeviceGuard {
   public:
@@ -123,6 +126,39 @@ int32_t launch_gemm_4bit_tiled(const GemmArgs4bit& args, const GemmPlan& plan, S
 int32_t launch_gemm_4bit_backward(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 
 // --------------------------------------------------------------------------------------------------------------------- optimizers, fills, paging
+// Elements that a warp steps one block after the other. With a limit on the norm each unit of a parameter leaves its squares.
+constexpr int64_t kOptimizerUnit = 2048;
+
+BNB_HD int64_t optimizer_units(int64_t n) { return n / kOptimizerUnit + (n % kOptimizerUnit != 0); }
+
+struct OptimizerLaunch {
+    const OptimizerTensors* tensors; // its arrays are on the host, what they point to and update_norms on the device
+    OptimizerVariant variant;
+    OptimizerScalars scalars;
+    OptimizerLimit limit;
+    DType dtype;
+    uint32_t step;
+    const float* qmaps[kMostMoments];
+    OptimizerSquares* squares; // with a limit: room for one a unit of all parameters, and
+    float* scales;             // for one a parameter. Else null
+};
+int32_t launch_optimizer_step_8bit(const OptimizerLaunch& job, Stream stream);
+int32_t launch_optimizer_step_32bit(const OptimizerLaunch& job, Stream stream);
+
+// a[i] = value; a[i] = i; a[i] *= b[i]
+enum class Elementwise { kFill, kCount, kMultiply };
+int32_t launch_elementwise(Elementwise operation, float* a, const float* b, float value, int64_t n, Stream stream);
+int32_t launch_fill_bytes(uint8_t* a, uint8_t value, int64_t n, Stream stream);
+
+// Memory that the host and the current device both reach. Null: there is none left, or no such memory.
+void* allocate_managed(size_t bytes);
+int32_t free_managed(void* p);
+// Starts moving it to a device, or to the host if `device` is negative. Does nothing where pages cannot move on their own.
+int32_t prefetch_managed(void* p, size_t bytes, int32_t device, Stream stream);
+
+// Memory of the current device, in the order of the stream. Null: there is none left.
+void* allocate_in_order(size_t bytes, Stream stream);
+int32_t free_in_order(void* p, Stream stream);
 
 // ----------------------------------------------------------------------------------------------------------------------------- int8 (int8_*)
 // LLM.int8(). Matrices lie row by row; strides are elements from row to row. What codes and classes mean stands in common/quantize.h.
@@ -171,7 +207,8 @@ struct Int8ScaleArgs {
     const int32_t* product;
     const float* row_stats;
     const float* col_stats;
-    const float* bias; // [N], or null
+    const void* bias; // [N] of bias_dtype, or null
+    DType bias_dtype;
     void* out;
     DType dtype;
     int64_t M, N;
@@ -188,7 +225,8 @@ struct Int8ProductArgs {
     const float* x_stats; // [M, classes]; null: out is the sums themselves
     int32_t classes;
     const float* w_stats; // [N]
-    const float* bias;    // [N], or null
+    const void* bias;     // [N] of bias_dtype, or null
+    DType bias_dtype;
     const void* A;        // [M, K] of dtype, as the codes were made from
     const int64_t* outlier_columns; // null: none. Columns that A has not are passed over
     const int64_t* outlier_count;   // on the device; null: `outliers`

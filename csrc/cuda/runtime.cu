@@ -23,7 +23,7 @@ const char* last_device_error() { return last_error; }
 
 int32_t runtime_version() { return 0; }
 
-DeviceGuard::DeviceGuard(int32_t device) : status_(device == 0 ? int32_t(kOk) : report_device_error("the emulation has one device, number 0")) {}
+DeviceGuard::DeviceGuard(int32_t device) : status_(device == 0 || device == kCurrentDevice ? int32_t(kOk) : report_device_error("the emulation has one device, number 0")) {}
 
 DeviceGuard::~DeviceGuard() {}
 
@@ -40,7 +40,7 @@ int32_t runtime_version() { return CUDART_VERSION; }
 DeviceGuard::DeviceGuard(int32_t device) {
     int current = 0;
     status_ = check_device(cudaGetDevice(&current));
-    if (status_ != kOk || current == device)
+    if (status_ != kOk || device == current || device == kCurrentDevice)
         return;
     status_ = check_device(cudaSetDevice(device));
     if (status_ == kOk)

@@ -6,7 +6,7 @@ import ctypes as ct
 import torch
 
 from ..._ops import implement
-from ...cextension import lib
+from ...cextension import cpu_lib
 
 P, I, L, D = ct.c_void_p, ct.c_int32, ct.c_int64, ct.c_double  # noqa: E741  (as in the C interface: pointer, int32, int64, double)
 
@@ -15,7 +15,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def bind(name: str, *argtypes):
     """A function of the native library that returns a status."""
-    function = getattr(lib, name)
+    function = getattr(cpu_lib, name)
     function.argtypes, function.restype = argtypes, ct.c_int32
     return function
 
@@ -25,7 +25,7 @@ def kernels(symbol: str) -> Callable:
 
     Without it the decorated functions still exist, unregistered, and the reference serves the CPU.
     """
-    available = isinstance(getattr(lib, "_lib", None), ct.CDLL) and hasattr(lib._lib, symbol)
+    available = isinstance(getattr(cpu_lib, "_lib", None), ct.CDLL) and hasattr(cpu_lib._lib, symbol)
     return lambda operator: implement(operator, "cpu") if available else lambda function: function
 
 

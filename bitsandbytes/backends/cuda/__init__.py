@@ -1,1 +1,6 @@
-"""Operators on NVIDIA GPUs, and on AMD's by the same sources, by the native library."""
+"""Operators on NVIDIA GPUs, and on AMD's by the same sources, by the native library.
+
+Importing this registers those that the loaded library has kernels for.
+"""
+
+from . import ops  # noqa: F401
