@@ -21,7 +21,6 @@ from typing import Any
 
 import markdown
 import yaml
-from markdown.extensions.toc import slugify
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).resolve().parent
@@ -111,15 +110,12 @@ def signature_of(found: Any) -> str:
     except ValueError:
         return ""
     parameters = [p for name, p in signature.parameters.items() if name not in ("self", "cls")]
-    return re.sub(r"(?<=[\s,(=])(?:torch|typing|torch\.nn\.modules\.module)\.(?=Tensor|Optional|Module)", "", str(signature.replace(parameters=parameters)))
+    return re.sub(r"\b(?:torch|typing|torch\.nn\.modules\.module)\.(?=[A-Z])", "", str(signature.replace(parameters=parameters)))
 
 
-def members_of(found: Any, lines: str) -> list[str]:
-    """The members that the lines below an ``[[autodoc]]`` ask for."""
-    names = re.findall(r"- *(\S+)", lines)
-    if "all" in names:
-        names = [name for name, member in vars(found).items() if not name.startswith("_") and (callable(member) or isinstance(member, (property, classmethod)))]
-    return [name for name in names if name != "__init__"]
+def members_of(lines: str) -> list[str]:
+    """The members that the lines below an ``[[autodoc]]`` ask for; the constructor is part of its class."""
+    return [name for name in re.findall(r"- *(\S+)", lines) if name != "__init__"]
 
 
 def document(name: str, lines: str, kind: str = "function") -> str:
@@ -133,7 +129,7 @@ def document(name: str, lines: str, kind: str = "function") -> str:
         docstring = f"{docstring}\n\n{inspect.cleandoc(of_constructor.__doc__)}"
     head = f'<span class="kind">{kind}</span> <b>{html.escape(short)}</b>{html.escape(signature_of(found))}'
     body = render_docstring(Docstring.parse(docstring))
-    inner = "".join(document(f"{name}.{member}", "", "method") for member in members_of(found, lines))
+    inner = "".join(document(f"{name}.{member}", "", "method") for member in members_of(lines))
     return f'<div class="object" id="{html.escape(name)}"><div class="signature">{head}</div><div class="docstring">{body}{inner}</div></div>'
 
 
