@@ -1,7 +1,7 @@
 // What the kernels of the int8 product share: reading codes, and what becomes of a sum.
 #pragma once
 
-#include "device.h"
+#include "int8_elements.h"
 
 #include "../common/quantize.h"
 
@@ -18,34 +18,11 @@ __device__ __forceinline__ CodeVector load_codes(const int8_t* p, int64_t left, 
     if (is_vector && left >= kCodesPerVector)
         return *reinterpret_cast<const CodeVector*>(p);
     CodeVector codes = {};
-    for (int i = 0; i < kCodesPerVector && i < left; ++i)
-        codes.value[i / 4] |= uint32_t(uint8_t(p[i])) << 8 * (i % 4);
+#pragma unroll
+    for (int i = 0; i < kCodesPerVector; ++i)
+        if (i < left)
+            codes.value[i / 4] |= uint32_t(uint8_t(p[i])) << 8 * (i % 4);
     return codes;
-}
-
-// An activation as it was before quantisation.
-__device__ __forceinline__ float load_activation(const void* A, DType dtype, int64_t index) {
-    switch (dtype) {
-    case kFloat16:
-        return widen(static_cast<const Half*>(A)[index]);
-    case kBFloat16:
-        return widen(static_cast<const BFloat16*>(A)[index]);
-    default:
-        return static_cast<const float*>(A)[index];
-    }
-}
-
-__device__ __forceinline__ void store_result(void* out, DType dtype, int64_t index, float value) {
-    switch (dtype) {
-    case kFloat16:
-        static_cast<Half*>(out)[index] = narrow<Half>(value);
-        break;
-    case kBFloat16:
-        static_cast<BFloat16*>(out)[index] = narrow<BFloat16>(value);
-        break;
-    default:
-        static_cast<float*>(out)[index] = value;
-    }
 }
 
 __device__ __forceinline__ float dequantised(int8_t code, float stat) { return __fmul_rn(__fmul_rn(float(code), stat), kPerInt8Code); }
@@ -60,7 +37,7 @@ __device__ __forceinline__ int64_t outlier_count(const Int8ProductArgs& args) {
 // The terms of outlier column j: an activation of token m, a weight of row n. Both are 0 for a column that is not there.
 __device__ __forceinline__ float outlier_activation(const Int8ProductArgs& args, int64_t j, int64_t m) {
     const int64_t column = args.outlier_columns[j];
-    return column >= 0 && column < args.K ? load_activation(args.A, args.dtype, m * args.K + column) : 0.0f;
+    return column >= 0 && column < args.K ? load_float(args.A, args.dtype, m * args.K + column) : 0.0f;
 }
 
 __device__ __forceinline__ float outlier_weight(const Int8ProductArgs& args, int64_t j, int64_t n) {
@@ -68,25 +45,27 @@ __device__ __forceinline__ float outlier_weight(const Int8ProductArgs& args, int
     return column >= 0 && column < args.K ? dequantised(args.w[n * args.w_stride + column], args.w_stats[n]) : 0.0f;
 }
 
-// The value of a sum of codes under one statistic, and of one whose classes are scaled already; plus the bias.
+__device__ __forceinline__ float with_bias(const Int8ProductArgs& args, int64_t n, float value) {
+    return args.bias != nullptr ? __fadd_rn(value, load_float(args.bias, args.bias_dtype, n)) : value;
+}
+
+// The value of a sum of codes under one statistic, and of one whose classes are scaled already.
 __device__ __forceinline__ float value_of(const Int8ProductArgs& args, int64_t m, int64_t n, uint32_t sum) {
     const float scale = __fmul_rn(args.x_stats[m], args.w_stats[n]);
-    const float value = __fmul_rn(__fmul_rn(__int2float_rn(int(sum)), scale), kPerInt8Product);
-    return args.bias != nullptr ? __fadd_rn(value, args.bias[n]) : value;
+    return with_bias(args, n, __fmul_rn(__fmul_rn(__int2float_rn(int(sum)), scale), kPerInt8Product));
 }
 
 __device__ __forceinline__ float value_of(const Int8ProductArgs& args, int64_t, int64_t n, float sum) {
-    const float value = __fmul_rn(__fmul_rn(sum, args.w_stats[n]), kPerInt8Product);
-    return args.bias != nullptr ? __fadd_rn(value, args.bias[n]) : value;
+    return with_bias(args, n, __fmul_rn(__fmul_rn(sum, args.w_stats[n]), kPerInt8Product));
 }
 
-// Writes one entry of the result; `outliers` is what their columns add to it.
-template <typename Sum> __device__ __forceinline__ void write_entry(const Int8ProductArgs& args, int64_t m, int64_t n, Sum sum, float outliers) {
+// Writes the entry of a sum without outlier columns: the sum itself or its value.
+template <typename Sum> __device__ __forceinline__ void store_sum(const Int8ProductArgs& args, int64_t m, int64_t n, Sum sum) {
     const int64_t index = m * args.out_stride + n;
     if (args.x_stats == nullptr)
         static_cast<uint32_t*>(args.out)[index] = uint32_t(sum);
     else
-        store_result(args.out, args.dtype, index, __fadd_rn(value_of(args, m, n, sum), outliers));
+        store_result(args.out, args.dtype, index, value_of(args, m, n, sum));
 }
 
 } // namespace bnb

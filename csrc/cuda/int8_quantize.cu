@@ -6,7 +6,7 @@
 //
 // A column is an outlier's if any row has one there, so that codes have to wait for the statistics of all rows: two kernels then, and the host waits for
 // neither. The second has one block more, which lists the columns for the product.
-#include "device.h"
+#include "int8_elements.h"
 
 #include "../common/quantize.h"
 
@@ -310,7 +310,7 @@ template <typename T> __global__ void __launch_bounds__(kBackThreads) scale_rows
                 const float scale = __fmul_rn(stat, args.col_stats[first + i]);
                 values[i] = __fmul_rn(__fmul_rn(__int2float_rn(sums.value[i]), scale), kPerInt8Product);
                 if (args.bias != nullptr)
-                    values[i] = __fadd_rn(values[i], args.bias[first + i]);
+                    values[i] = __fadd_rn(values[i], load_float(args.bias, args.bias_dtype, first + i));
             }
             store_step(out + first, values, args.N - first, writes_vectors);
         }

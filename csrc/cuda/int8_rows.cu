@@ -114,7 +114,10 @@ template <typename Sum, int kTokens> __global__ void __launch_bounds__(kThreads)
                 sum += partials.sums[warp][r][t];
                 outlier += partials.outliers[warp][r][t];
             }
-            write_entry(args, m, n, sum, outlier);
+            if (outliers > 0)
+                store_result(args.out, args.dtype, m * args.out_stride + n, __fadd_rn(value_of(args, m, n, sum), outlier));
+            else
+                store_sum(args, m, n, sum);
         }
         __syncthreads();
     }

@@ -126,6 +126,29 @@ __device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint
 #endif
 }
 
+// d[16, 8] = a[16, 32] . b[32, 8] + c of int8, modulo 2^32. Four elements a register; lane 4g + t holds
+//   a   rows g, g + 8, g, g + 8 at columns 4t.., 4t.., 4t + 16.., 4t + 16..
+//   b   column g at rows 4t.., 4t + 16..
+//   c, d   as above
+__device__ __forceinline__ void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const uint32_t (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};\n"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#elif __CUDA_ARCH__ >= 750
+    // The registers of a quarter are the fragments of m8n8k16 as they are.
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        asm("{\n.reg .s32 s0, s1;\n"
+            "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {s0, s1}, {%2}, {%4}, {%6, %7};\n"
+            "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%3}, {%5}, {s0, s1};\n}\n"
+            : "=r"(d[2 * half]), "=r"(d[2 * half + 1])
+            : "r"(a[half]), "r"(a[half + 2]), "r"(b[0]), "r"(b[1]), "r"(c[2 * half]), "r"(c[2 * half + 1]));
+#else
+    __trap();
+#endif
+}
+
 // -------------------------------------------------------------------------------------------------------------- host: launches
 inline int32_t check_device(cudaError_t error) { return error == cudaSuccess ? int32_t(kOk) : report_device_error(cudaGetErrorString(error)); }
 

@@ -284,6 +284,42 @@ template <typename T> void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], c
     emulation::warp_operation(~0u, multiply_m16n8k16<T>, &operands, d);
 }
 
+struct IntegerMmaOperands {
+    uint32_t a[4], b[2], c[4];
+};
+
+inline void multiply_m16n8k32_s8(const emulation::Part (&parts)[kWarpSize], uint32_t mask) {
+    if (mask != ~0u)
+        emulation::fail("a product of a warp lacks lanes: mask %#x", mask);
+    int8_t a[16][32], b[8][32];
+    const auto operands = [&](int lane) { return static_cast<const IntegerMmaOperands*>(parts[lane].in); };
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i)
+            memcpy(a[g + i % 2 * 8] + 4 * t + i / 2 * 16, &operands(lane)->a[i], 4);
+        for (int i = 0; i < 2; ++i)
+            memcpy(b[g] + 4 * t + i * 16, &operands(lane)->b[i], 4);
+    }
+    for (int lane = 0; lane < kWarpSize; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+            int32_t sum = 0;
+            for (int k = 0; k < 32; ++k)
+                sum += int32_t(a[row][k]) * b[column][k];
+            static_cast<uint32_t*>(parts[lane].out)[i] = operands(lane)->c[i] + uint32_t(sum);
+        }
+}
+
+inline void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const uint32_t (&c)[4]) {
+    if (emulation::capability() < 75)
+        emulation::fail("this device has no tensor cores for int8");
+    IntegerMmaOperands operands;
+    memcpy(operands.a, a, sizeof a);
+    memcpy(operands.b, b, sizeof b);
+    memcpy(operands.c, c, sizeof c);
+    emulation::warp_operation(~0u, multiply_m16n8k32_s8, &operands, d);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------- host: launches
 template <typename... Parameters, typename... Arguments>
 int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream, Arguments&&... arguments) {
