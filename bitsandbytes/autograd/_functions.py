@@ -193,6 +193,8 @@ def _as_column(B: torch.Tensor) -> torch.Tensor:
 class MatmulLtState:
     """What ``matmul`` has to know of an int8 weight, besides the weight.
 
+    Fields that are not described here have no meaning any more; they can be set for the sake of programs that do. So can any other attribute.
+
     Attributes:
         CB: int8 codes of the weight, [out_features, in_features].
         SCB: their scales, float32 [out_features].
@@ -201,7 +203,6 @@ class MatmulLtState:
         idx: columns of the latest activations that held outliers, int64, ascending; None before the first product with a threshold.
         is_training: of the layer; for information.
         use_pool: for information.
-    The others have no meaning any more; they can be set for the sake of programs that do. So can any other attribute.
     """
 
     force_no_igemmlt: bool = False

@@ -112,7 +112,7 @@ class Linear4bit(Holds4bitWeight, _QuantisedLinear):
         compute_dtype: dtype in which products are computed; default: that of the input. Autocast takes precedence.
         compress_statistics: quantise the scales as well (double quantisation).
         quant_type: "fp4" or "nf4".
-        quant_storage: dtype that the packed bytes are seen as; a floating one lets FSDP shard them.
+        quant_storage: dtype that the packed bytes are seen as; FSDP1 shards floating ones only.
         device: where the floating-point weight is created.
     """
 
