@@ -110,7 +110,7 @@ def signature_of(found: Any) -> str:
     except ValueError:
         return ""
     parameters = [p for name, p in signature.parameters.items() if name not in ("self", "cls")]
-    return re.sub(r"\b(?:torch|typing|torch\.nn\.modules\.module)\.(?=[A-Z])", "", str(signature.replace(parameters=parameters)))
+    return re.sub(r"\b(?:torch|typing|collections|bitsandbytes)(?:\.\w+)*\.(?=[A-Z])", "", str(signature.replace(parameters=parameters)))
 
 
 def members_of(lines: str) -> list[str]:
@@ -124,7 +124,7 @@ def document(name: str, lines: str, kind: str = "function") -> str:
     short = name.removeprefix("bitsandbytes.")
     kind = "class" if inspect.isclass(found) else "property" if isinstance(found, property) else kind
     docstring = inspect.getdoc(found) or ""
-    of_constructor = vars(found).get("__init__") if inspect.isclass(found) else None
+    of_constructor = vars(found).get("__init__") if inspect.isclass(found) and "__init__" in lines else None
     if of_constructor is not None and of_constructor.__doc__ and "Args:" not in docstring:
         docstring = f"{docstring}\n\n{inspect.cleandoc(of_constructor.__doc__)}"
     head = f'<span class="kind">{kind}</span> <b>{html.escape(short)}</b>{html.escape(signature_of(found))}'

@@ -309,7 +309,8 @@ class Optimizer2State(Optimizer8bit):
         skip_zeros: leave elements alone whose gradient is exactly zero.
         is_paged: see ``Optimizer8bit``.
         alpha, t_alpha, t_beta3: of AdEMAMix.
-        options: see ``OPTIONS``.
+        options: ``maximize``, ``stochastic_rounding``, ``seed``, and what single algorithms know: ``decoupled_weight_decay``, ``bias_correction``,
+            ``amsgrad``, ``nesterov``, ``centered``, ``lr_decay``, ``initial_accumulator_value``.
 
     Raises:
         ValueError: a hyperparameter is out of range.
