@@ -66,21 +66,49 @@ if(BNB_CUDA_EMULATION)
     return()
 endif()
 
-# -------------------------------------------------------------------------------------------------------------------------- CUDA
 if(APPLE)
-    message(FATAL_ERROR "COMPUTE_BACKEND=${COMPUTE_BACKEND}: macOS has no GPUs for it. Use COMPUTE_BACKEND=cpu.")
+    message(FATAL_ERROR "COMPUTE_BACKEND=${COMPUTE_BACKEND}: there are no such GPUs on macOS. Use COMPUTE_BACKEND=cpu.")
 endif()
 
+add_library(bitsandbytes SHARED ${BNB_GPU_API_SOURCES})
+target_compile_options(bitsandbytes PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${BNB_COMPILE_OPTIONS}>)
+set_target_properties(bitsandbytes PROPERTIES
+    PREFIX lib
+    LIBRARY_OUTPUT_DIRECTORY "${BNB_OUTPUT_DIRECTORY}$<0:>"
+    RUNTIME_OUTPUT_DIRECTORY "${BNB_OUTPUT_DIRECTORY}$<0:>"
+)
+include(CheckLanguage)
+
+# --------------------------------------------------------------------------------------------------------------------------- HIP
 if(COMPUTE_BACKEND STREQUAL "hip")
-    include(CheckLanguage)
     check_language(HIP)
     if(NOT CMAKE_HIP_COMPILER)
-        message(FATAL_ERROR "COMPUTE_BACKEND=hip: no HIP compiler was found. Install ROCm and set CMAKE_HIP_COMPILER or ROCM_PATH, or use COMPUTE_BACKEND=cpu.")
+        message(FATAL_ERROR "COMPUTE_BACKEND=hip: CMAKE_HIP_COMPILER, the compiler of ROCm, was not found. Install ROCm, or set HIPCXX to the path of its clang++.")
     endif()
-    message(FATAL_ERROR "COMPUTE_BACKEND=hip is not in this version yet. Use COMPUTE_BACKEND=cpu.")
+    enable_language(HIP)
+    find_package(hip REQUIRED)
+    if(NOT ROCM_VERSION)
+        string(REGEX MATCH "^[0-9]+\\.[0-9]+" ROCM_VERSION "${hip_VERSION}")
+        string(REPLACE "." "" ROCM_VERSION "${ROCM_VERSION}")
+    endif()
+    set(BNB_DEFAULT_ROCM_ARCH gfx90a gfx942 gfx1100 gfx1101 gfx1102 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153 gfx1200 gfx1201)
+    if(AMDGPU_TARGETS)
+        set(BNB_DEFAULT_ROCM_ARCH ${AMDGPU_TARGETS})
+    endif()
+    set(BNB_ROCM_ARCH "${BNB_DEFAULT_ROCM_ARCH}" CACHE STRING "AMD architectures to build for")
+    # No tensor cores: the groups for them are left out.
+    add_library(kernels_hip OBJECT ${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES})
+    set_source_files_properties(${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES} PROPERTIES LANGUAGE HIP)
+    set_target_properties(kernels_hip PROPERTIES HIP_ARCHITECTURES "${BNB_ROCM_ARCH}" HIP_STANDARD 17 HIP_STANDARD_REQUIRED ON HIP_VISIBILITY_PRESET hidden)
+    target_compile_options(kernels_hip PRIVATE -ffp-contract=off)
+    target_link_libraries(bitsandbytes PRIVATE kernels_hip hip::host)
+    target_compile_definitions(kernels_hip PRIVATE BNB_HAS_EXACT=1 BNB_HAS_GENERIC=1)
+    target_compile_definitions(bitsandbytes PRIVATE BNB_HAS_EXACT=1 BNB_HAS_GENERIC=1)
+    set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_rocm${ROCM_VERSION})
+    return()
 endif()
 
-include(CheckLanguage)
+# -------------------------------------------------------------------------------------------------------------------------- CUDA
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR "COMPUTE_BACKEND=cuda: CMAKE_CUDA_COMPILER, the CUDA compiler nvcc, was not found. Install the CUDA toolkit, 11.8 to 13, or set "
@@ -93,7 +121,7 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 if(CUDAToolkit_VERSION VERSION_LESS 11.8 OR CUDAToolkit_VERSION VERSION_GREATER_EQUAL 14)
-    message(FATAL_ERROR "The CUDA toolkit is ${CUDAToolkit_VERSION}; 11.8 up to 13 are supported. Point CUDACXX or CMAKE_CUDA_COMPILER to another nvcc.")
+    message(FATAL_ERROR "The CUDA toolkit is ${CUDAToolkit_VERSION}; 11.8 up to 13 are supported. Point CUDACXX to another nvcc.")
 endif()
 set(BNB_CUDA_SHORT_VERSION "${CUDAToolkit_VERSION_MAJOR}${CUDAToolkit_VERSION_MINOR}")
 set(CUDA_VERSION "${BNB_CUDA_SHORT_VERSION}" CACHE STRING "The toolkit that is expected, without its dot, such as 130")
@@ -137,9 +165,6 @@ function(architectures_between low high result)
     endforeach()
     set(${result} "${architectures}" PARENT_SCOPE)
 endfunction()
-
-add_library(bitsandbytes SHARED ${BNB_GPU_API_SOURCES})
-target_compile_options(bitsandbytes PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${BNB_COMPILE_OPTIONS}>)
 
 # add_gpu_kernels(<group> <architectures> <sources> [flags...]): a group of kernels, unless it has no sources or none of its architectures is wanted.
 # Defines BNB_HAS_<GROUP> for the interface and the other groups, which choose at run time among what there is.
@@ -189,9 +214,4 @@ foreach(target IN ITEMS bitsandbytes LISTS groups)
 endforeach()
 
 target_link_libraries(bitsandbytes PRIVATE CUDA::cudart)
-set_target_properties(bitsandbytes PROPERTIES
-    PREFIX lib
-    OUTPUT_NAME bitsandbytes_cuda${BNB_CUDA_SHORT_VERSION}
-    LIBRARY_OUTPUT_DIRECTORY "${BNB_OUTPUT_DIRECTORY}$<0:>"
-    RUNTIME_OUTPUT_DIRECTORY "${BNB_OUTPUT_DIRECTORY}$<0:>"
-)
+set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_cuda${BNB_CUDA_SHORT_VERSION})

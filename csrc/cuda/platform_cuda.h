@@ -149,9 +149,30 @@ __device__ __forceinline__ void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t
 #endif
 }
 
-// -------------------------------------------------------------------------------------------------------------- host: launches
-inline int32_t check_device(cudaError_t error) { return error == cudaSuccess ? int32_t(kOk) : report_device_error(cudaGetErrorString(error)); }
+// ----------------------------------------------------------------------------------------------------------------- host: devices
+constexpr bool kIsEmulated = false;
+constexpr int32_t kRuntimeVersion = CUDART_VERSION;
 
+inline int32_t check_device(cudaError_t error) { return error == cudaSuccess ? int32_t(kOk) : report_device_error(cudaGetErrorString(error)); }
+inline int32_t get_device(int& device) { return check_device(cudaGetDevice(&device)); }
+inline int32_t set_device(int device) { return check_device(cudaSetDevice(device)); }
+
+inline int count_devices() {
+    int count = 0;
+    return check_device(cudaGetDeviceCount(&count)) == kOk ? count : 0;
+}
+
+inline DeviceProperties ask_device(int device) {
+    const auto attribute = [&](cudaDeviceAttr which) {
+        int value = 0;
+        check_device(cudaDeviceGetAttribute(&value, which, device));
+        return value;
+    };
+    return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+            attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+// -------------------------------------------------------------------------------------------------------------- host: launches
 constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;
 
 template <typename... Parameters, typename... Arguments>

@@ -77,9 +77,30 @@ template <typename T> __device__ __forceinline__ uint32_t narrow_pair(float firs
     return uint32_t(narrow<T>(first).bits) | uint32_t(narrow<T>(second).bits) << 16;
 }
 
-// ------------------------------------------------------------------------------------------------------------------------ host
-inline int32_t check_device(hipError_t error) { return error == hipSuccess ? int32_t(kOk) : report_device_error(hipGetErrorString(error)); }
+// --------------------------------------------------------------------------------------------------------------- host: devices
+constexpr bool kIsEmulated = false;
+constexpr int32_t kRuntimeVersion = 1000 * HIP_VERSION_MAJOR + 10 * HIP_VERSION_MINOR;
 
+inline int32_t check_device(hipError_t error) { return error == hipSuccess ? int32_t(kOk) : report_device_error(hipGetErrorString(error)); }
+inline int32_t get_device(int& device) { return check_device(hipGetDevice(&device)); }
+inline int32_t set_device(int device) { return check_device(hipSetDevice(device)); }
+
+inline int count_devices() {
+    int count = 0;
+    return check_device(hipGetDeviceCount(&count)) == kOk ? count : 0;
+}
+
+// The capability says nothing about tensor cores here: it stays below that of every NVIDIA GPU.
+inline DeviceProperties ask_device(int device) {
+    const auto attribute = [&](hipDeviceAttribute_t which) {
+        int value = 0;
+        check_device(hipDeviceGetAttribute(&value, which, device));
+        return value;
+    };
+    return {1, attribute(hipDeviceAttributeMultiprocessorCount), attribute(hipDeviceAttributeMaxSharedMemoryPerBlock)};
+}
+
+// -------------------------------------------------------------------------------------------------------------- host: launches
 template <typename... Parameters, typename... Arguments>
 int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Arguments&&... arguments) {
     std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);

@@ -320,6 +320,15 @@ inline void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint
     emulation::warp_operation(~0u, multiply_m16n8k32_s8, &operands, d);
 }
 
+// ----------------------------------------------------------------------------------------------------------------------- host: devices
+constexpr bool kIsEmulated = true;
+constexpr int32_t kRuntimeVersion = 0;
+
+inline int32_t get_device(int& device) { return device = 0, int32_t(kOk); }
+inline int32_t set_device(int device) { return device == 0 ? int32_t(kOk) : report_device_error("the emulation has one device, number 0"); }
+inline int count_devices() { return 1; }
+inline DeviceProperties ask_device(int) { return {emulation::capability(), 4, emulation::shared_memory_limit()}; }
+
 // ---------------------------------------------------------------------------------------------------------------------- host: launches
 template <typename... Parameters, typename... Arguments>
 int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream, Arguments&&... arguments) {

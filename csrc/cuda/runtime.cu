@@ -19,57 +19,30 @@ int32_t report_device_error(const char* message) {
 
 const char* last_device_error() { return last_error; }
 
-#if defined(BNB_CUDA_EMULATION)
-
-int32_t runtime_version() { return 0; }
-
-DeviceGuard::DeviceGuard(int32_t device) : status_(device == 0 || device == kCurrentDevice ? int32_t(kOk) : report_device_error("the emulation has one device, number 0")) {}
-
-DeviceGuard::~DeviceGuard() {}
-
-const DeviceProperties& device_properties() {
-    static DeviceProperties properties;
-    properties = {emulation::capability(), 4, emulation::shared_memory_limit()};
-    return properties;
-}
-
-#else
-
-int32_t runtime_version() { return CUDART_VERSION; }
+int32_t runtime_version() { return kRuntimeVersion; }
 
 DeviceGuard::DeviceGuard(int32_t device) {
     int current = 0;
-    status_ = check_device(cudaGetDevice(&current));
+    status_ = get_device(current);
     if (status_ != kOk || device == current || device == kCurrentDevice)
         return;
-    status_ = check_device(cudaSetDevice(device));
+    status_ = set_device(device);
     if (status_ == kOk)
         before_ = current;
 }
 
 DeviceGuard::~DeviceGuard() {
     if (before_ >= 0)
-        cudaSetDevice(before_);
+        set_device(before_);
 }
 
 namespace {
-
-DeviceProperties ask_device(int device) {
-    const auto attribute = [&](cudaDeviceAttr which) {
-        int value = 0;
-        check_device(cudaDeviceGetAttribute(&value, which, device));
-        return value;
-    };
-    return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-            attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-}
 
 struct AllDevices {
     DeviceProperties properties[kMostDevices] = {};
 
     AllDevices() {
-        int count = 0;
-        check_device(cudaGetDeviceCount(&count));
+        const int count = count_devices();
         for (int device = 0; device < count && device < kMostDevices; ++device)
             properties[device] = ask_device(device);
     }
@@ -78,12 +51,12 @@ struct AllDevices {
 } // namespace
 
 const DeviceProperties& device_properties() {
-    static const AllDevices all;
+    static AllDevices all;
+    if (kIsEmulated) // tests change what it is
+        all = AllDevices();
     int device = 0;
-    cudaGetDevice(&device);
+    get_device(device);
     return all.properties[device < kMostDevices ? device : 0];
 }
-
-#endif
 
 } // namespace bnb
