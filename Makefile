@@ -1,5 +1,6 @@
 # make quickstart   a real model, quantised, run, saved, reloaded and fine-tuned on a CPU
 # make test         the tests
+# make cuda         the CUDA library, for every GPU that the toolkit knows
 # make help         the rest
 
 PYTHON    ?= python3
@@ -14,11 +15,15 @@ PUBLISHED_TESTS ?= test_functional.py test_ops.py test_autograd.py test_linear4b
 # For `make benchmark`: an interpreter that has the published wheel installed.
 PUBLISHED_PYTHON ?=
 
+# For `make cuda`: options for CMake, such as -DCOMPUTE_CAPABILITY="80;90".
+CUDA_FLAGS ?=
+JOBS       ?= $(shell nproc 2>/dev/null || echo 2)
+
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
-SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart test build benchmark docs published-tests clean help
+.PHONY: quickstart test build benchmark docs published-tests cuda clean help
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -41,6 +46,10 @@ published-tests: $(VENV)/.test
 	@test -d "$(PUBLISHED)/tests" || { echo 'Give a checkout of the published repository: make published-tests PUBLISHED=/path/to/it' >&2; exit 2; }
 	cd "$(PUBLISHED)" && BNB_TEST_DEVICE=$${BNB_TEST_DEVICE:-cpu} $(abspath $(BIN))/python -m pytest -p no:cacheprovider --continue-on-collection-errors $(PYTEST_FLAGS) $(addprefix tests/,$(PUBLISHED_TESTS))
 
+cuda:
+	cmake -S . -B build/cuda -DCOMPUTE_BACKEND=cuda $(CUDA_FLAGS)
+	cmake --build build/cuda --parallel $(JOBS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/output bitsandbytes/libbitsandbytes_*
 
@@ -48,6 +57,7 @@ help:
 	@echo 'make quickstart       virtual environment, install, and the main job on a real model (QUICKSTART_FLAGS=--quick: the short form)'
 	@echo 'make test             virtual environment, install, and the tests (PYTEST_FLAGS="-k name")'
 	@echo 'make build            virtual environment and editable install, native library included'
+	@echo 'make cuda             the CUDA library, for every GPU the toolkit knows (CUDA_FLAGS="-DCOMPUTE_CAPABILITY=90": for one)'
 	@echo 'make benchmark        speed, against the published wheel with PUBLISHED_PYTHON=/path/to/its/python'
 	@echo 'make docs             the documentation as HTML, in build/docs'
 	@echo 'make published-tests  the published test suite against this package, PUBLISHED=/path/to/its/checkout'

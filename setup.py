@@ -5,7 +5,8 @@ install uses it in place. What is built:
 
 * by default the CPU library, and the CUDA one as well where both ``nvcc`` and an NVIDIA GPU are found (for that GPU only). A
   library that cannot be built is reported and left out: the package then computes with PyTorch operations instead.
-* ``COMPUTE_BACKEND=cpu|cuda|hip`` builds exactly that one, and fails if it cannot be built.
+* ``COMPUTE_BACKEND=cpu|cuda|hip`` builds that one, and fails if it cannot be built. The CPU library is built beside the one of a GPU, for the
+  tensors that are not on it.
 * ``BNB_SKIP_CMAKE=1`` builds nothing; a library that already lies in the package directory is used.
 
 ``CMAKE_ARGS`` is handed on to CMake. Everything else stands in ``pyproject.toml``.
@@ -64,9 +65,11 @@ def find_gpu_capabilities() -> list[str]:
     return sorted(capability for capability in capabilities if capability.isdigit())
 
 
-def default_builds() -> dict[str, list[str]]:
-    """Backend -> CMake options, for an install that names no backend."""
+def wanted_builds(named: str) -> dict[str, list[str]]:
+    """Backend -> CMake options, for an install that names a backend, or "" where that is left to the machine."""
     builds: dict[str, list[str]] = {"cpu": []}
+    if named:
+        return {named: []} | builds
     nvcc, capabilities = find_nvcc(), find_gpu_capabilities()
     if nvcc and capabilities:
         builds["cuda"] = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCOMPUTE_CAPABILITY={';'.join(capabilities)}"]
@@ -129,11 +132,11 @@ def build_native_libraries() -> None:
     named = os.environ.get("COMPUTE_BACKEND", "").lower()
     if named and named not in BACKENDS:
         raise SystemExit(f"bitsandbytes: COMPUTE_BACKEND is {named!r}; it must be one of {', '.join(BACKENDS)}, or unset for what this machine has.")
-    for backend, options in ({named: []} if named else default_builds()).items():
+    for backend, options in wanted_builds(named).items():
         try:
             build_library(backend, options)
         except BuildError as error:
-            if named:
+            if backend == named:
                 raise SystemExit(
                     f"bitsandbytes: COMPUTE_BACKEND={named} cannot be built.\n  Why:   {error.reason}\n  Mend:  {error.remedy}."
                 ) from error
