@@ -151,8 +151,8 @@ void explain_deadlock() {
         barrier = thread.state == State::kAtBarrier ? &thread : barrier;
         warp = thread.state == State::kInWarp ? &thread : warp;
     }
-    fail("threads wait for others that never come: %d of %d at a barrier (line %d), %d in a warp operation (mask %#x), %d ended", machine.at_barrier,
-         machine.count, barrier ? barrier->barrier_line : 0, in_warp, warp ? warp->mask : 0u, ended);
+    fail("threads wait for others that never come: of %d, %d are at a barrier (line %d), %d in warp operations (mask %#x), %d have ended", machine.count,
+         machine.at_barrier, barrier ? barrier->barrier_line : 0, in_warp, warp ? warp->mask : 0u, ended);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------- shared memory
@@ -287,10 +287,10 @@ void warp_operation(uint32_t mask, WarpFunction function, const void* in, void* 
         const Thread& other = warp[lane];
         if (&other >= machine.threads + machine.count)
             fail("the mask %#x of a warp operation names threads that the block does not have", mask);
-        if (&other != &thread && other.state != State::kInWarp)
+        // A lane in another operation may still come: lanes that have taken different branches wait for each other one by one.
+        const bool is_here = other.state == State::kInWarp && other.mask == mask && other.function == function;
+        if (&other != &thread && !is_here)
             return pause(State::kInWarp);
-        if (other.mask != mask || other.function != function)
-            fail("lanes of a warp wait in different operations: masks %#x and %#x", mask, other.mask);
         parts[lane] = other.part;
     }
     function(parts, mask);

@@ -2,8 +2,8 @@
 // there is no GPU.
 //
 // Blocks run one after another. Every thread of a block is a fiber that runs until it must wait: at a barrier of the block, or in an operation of its
-// warp. What hardware leaves undefined stops the process with a message: threads of a block at different barriers, lanes of a warp in different
-// operations, a thread that has ended while others wait for it, shared memory beyond its size. Shared memory starts as NaN, and the order of the threads
+// warp. What hardware leaves undefined stops the process with a message: threads of a block at different barriers, lanes of a warp that wait for ones
+// that take no part, a thread that has ended while others wait for it, shared memory beyond its size. Shared memory starts as NaN, and the order of the threads
 // can be reversed, so that a missing barrier shows.
 #pragma once
 
