@@ -181,15 +181,17 @@ def prepare(text: str) -> tuple[str, dict[str, str]]:
     fences: dict[str, str] = {}
     inserted: dict[str, str] = {}
 
-    def keep_fence(match: re.Match) -> str:
-        key = f"FENCE{len(fences)}END"
-        fences[key] = f"```{match.group(1)}\n{match.group(2)}```"
-        return key
-
     def insert(rendered: str) -> str:
         key = f"INSERTED{len(inserted)}END"
         inserted[f"<p>{key}</p>"] = rendered
         return f"\n\n{key}\n\n"
+
+    def keep_fence(match: re.Match) -> str:
+        if match.group(1) == "text":
+            return insert(f'<pre class="plain"><code>{html.escape(match.group(2))}</code></pre>')
+        key = f"FENCE{len(fences)}END"
+        fences[key] = f"```{match.group(1)}\n{match.group(2)}```"
+        return key
 
     text = COMMENT.sub("", text)  # setup code of the tests lies in comments, fences included
     text = FENCE.sub(keep_fence, text)
