@@ -10,6 +10,8 @@
 Bytes moved: activations twice (once from a cache), codes of the weight once for every tile of tokens, the result once.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -185,10 +187,20 @@ def _outlier_product(a, codes, stats, m, n, column, inside_column, M, N, K):
     return tl.dot(activations, tl.trans(weight), input_precision="ieee")
 
 
+@triton.jit
+def _exact_dot(a, b, FP16: tl.constexpr):
+    """a b^T of codes in int32, for 1024 columns at most. ``FP16``: by matrix instructions for float16 whose sums are float32, which are exact too."""
+    if FP16:
+        product = tl.dot(a.to(tl.float16), tl.trans(b).to(tl.float16)).to(tl.int32)
+    else:
+        product = tl.dot(a, tl.trans(b), out_dtype=tl.int32)
+    return product
+
+
 @triton.jit(do_not_specialize=["M", "N", "K", "outlier_count"])
 def _product_kernel(
     codes_a, codes_b, row_stats, col_stats, bias, a, outliers, out, M, N, K, outlier_count,
-    CLASSES: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr,
+    CLASSES: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, FP16: tl.constexpr,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """``OUTLIERS``: "none", "listed" (``outliers`` holds column numbers) or "marked" (it holds a byte for every column)."""
@@ -202,11 +214,12 @@ def _product_kernel(
             k = begin + within if CLASSES == 1 else begin + within // 4 * (4 * CLASSES) + c * 4 + within % 4
             tile_a = tl.load(codes_a + row_a + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
             tile_b = tl.load(codes_b + row_b + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)
+            product = _exact_dot(tile_a, tile_b, FP16)
             if CLASSES == 1:
-                sums = tl.dot(tile_a, tl.trans(tile_b), sums, out_dtype=tl.int32)
+                sums += product
             else:
                 stat = tl.load(row_stats + m * CLASSES + c, mask=m < M, other=0.0)
-                sums += tl.dot(tile_a, tl.trans(tile_b), out_dtype=tl.int32).to(tl.float32) * stat[:, None]
+                sums += product.to(tl.float32) * stat[:, None]
 
     result = sums
     if SCALED:
@@ -234,6 +247,12 @@ def _product_kernel(
     tl.store(at, result.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@functools.cache
+def _multiplies_int8(device: torch.device) -> bool:
+    """Whether Triton knows the device's matrix instructions for int8: not those of NVIDIA's GPUs before Ampere."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _multiply(out, CA, CB, stats=None, bias=None, classes=1, a=None, listed=None, marked=None):
     """Into ``out`` [..., N]. ``stats``: those of CA and CB; without them the result is the integers."""
     N, K = CB.shape
@@ -246,7 +265,8 @@ def _multiply(out, CA, CB, stats=None, bias=None, classes=1, a=None, listed=None
         _product_kernel, (ceil_div(M, tokens), ceil_div(N, 64)),
         CA, CB, row_stats, col_stats, out if bias is None else bias.contiguous(), out if a is None else a, outliers, out,
         M, N, K, 0 if listed is None else listed.numel(), CLASSES=classes, SCALED=stats is not None, HAS_BIAS=bias is not None,
-        OUTLIERS="listed" if listed is not None else "marked" if marked is not None else "none", M_TILE=tokens, N_TILE=64, K_TILE=128,
+        OUTLIERS="listed" if listed is not None else "marked" if marked is not None else "none",
+        FP16=not _multiplies_int8(CA.device), M_TILE=tokens, N_TILE=64, K_TILE=128,
     )  # fmt: skip
     return out
 

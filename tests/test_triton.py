@@ -1,0 +1,148 @@
+"""The Triton backend without a GPU: its kernels in Triton's interpreter, and compiled for GPUs that are not here.
+
+The interpreter must be chosen before Triton is imported, and then holds for the whole process. So the tests of ``interpreted`` run in processes of
+their own.
+"""
+
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile as compile_kernel
+from triton.runtime.jit import mangle_type
+
+from bitsandbytes import _ops
+from bitsandbytes.backends.triton import blockwise, int8, ops, optimizers, products
+from helpers import run_python
+
+FAMILIES = {"blockwise": blockwise, "products": products, "int8": int8, "optimizers": optimizers}
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_in_the_interpreter(family):
+    tests = Path(__file__).parent / "interpreted" / f"{family}_in_triton.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # small tensors
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
+    assert re.search(r"^\d+ passed in ", finished.stdout, re.MULTILINE), finished.stdout[-2000:]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- compiling
+CODE, SCALES = torch.linspace(-1, 1, 256), torch.ones(64)
+BYTES, INT8 = torch.zeros(64 * 65, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.int8)
+NESTED = (BYTES[:65], CODE, torch.ones(1))
+
+
+def launch_blockwise():
+    x = torch.randn(1000).bfloat16()
+    for quant_type in ("nf4", "fp4"):
+        blockwise.quantize_4bit(x, 64, quant_type, torch.uint8)
+    for blocksize in (256, 10_000):
+        blockwise.quantize_blockwise(x.repeat(20), CODE, blocksize)
+    blockwise.dequantize_4bit(BYTES, SCALES, 64, "nf4", (1000,), torch.bfloat16)
+    blockwise.dequantize_blockwise(BYTES[:1000], SCALES, CODE, 64, torch.float16)
+
+
+def launch_products():
+    for dtype, M, K, nested in ((torch.bfloat16, 1, 64, NESTED), (torch.float16, 20, 65, ()), (torch.float32, 40, 64, ())):
+        A, grad = torch.randn(M, K).to(dtype), torch.randn(M, 64).to(dtype)
+        products.gemm_4bit(A, BYTES, (64, K), torch.ones(65), 64, "nf4", grad[0], *nested)
+        products.gemm_4bit_backward(grad, BYTES, (64, K), torch.ones(65), 64, "nf4", *nested)
+    products.int8_linear_backward(torch.randn(64, 64).bfloat16(), INT8, SCALES)
+
+
+def launch_int8():
+    A = torch.randn(64, 64).bfloat16()
+    int8.int8_double_quant(A, 2.0)
+    int8.int8_linear(A, INT8, SCALES, None, 2.0)
+    int8.int8_linear_matmul(INT8, INT8)
+    int8.int8_mixed_scaled_mm(A, INT8, INT8, SCALES, SCALES, torch.tensor([1, 2]))
+    int8.int8_mm_dequant(INT8.int(), SCALES, SCALES)
+
+
+def launch_optimizers():
+    cases = ("adam", 2), ("adam", 3), ("ademamix", 3), ("momentum", 1), ("lion", 1), ("rmsprop", 3), ("adagrad", 1), ("lamb", 2)
+    for i, (algorithm, count) in enumerate(cases):
+        p = torch.randn(1000).to((torch.bfloat16, torch.float16)[i % 2])
+        in_8bit = i % 3 != 1
+        moments = [torch.zeros(1000, dtype=torch.uint8 if in_8bit else torch.float32) for _ in range(count)]
+        absmax, qmaps = ([torch.zeros(4) for _ in range(count)], [CODE] * count) if in_8bit else ([], [])
+        optimizers.optimizer_step(
+            [p], [p], moments, absmax, qmaps, [torch.zeros(1)], algorithm, 5, 1e-3, 0.9, 0.99, 0.999, 4.0, 1e-8, 0.01, max_unorm=float(algorithm == "lamb"),
+            amsgrad=(algorithm, count) == ("adam", 3), centered=algorithm == "rmsprop", skip_zeros=bool(i % 2), seeds=[5],
+        )  # fmt: skip
+
+
+@pytest.fixture
+def compiled(request, monkeypatch, tmp_path):
+    """Kernels compiled for a target in the place of being launched: name, code in assembly."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = []
+
+    def compile_instead(kernel, grid, *args, **meta):
+        signature = dict(zip(kernel.arg_names, map(mangle_type, args))) | dict.fromkeys(meta, "constexpr")
+        assert list(signature) == kernel.arg_names
+        code = compile_kernel(ASTSource(kernel, signature, meta), target=TARGETS[request.param], options={"enable_fp_fusion": False})
+        kernels.append((kernel.__name__, code.asm.get("ptx", "")))
+
+    for module in FAMILIES.values():
+        monkeypatch.setattr(module, "launch", compile_instead)
+    return kernels
+
+
+# Matrix instructions differ between targets; the rest is compiled for one.
+COMPILED = [("blockwise", "sm_90"), ("optimizers", "sm_90"), *((family, target) for family in ("products", "int8") for target in TARGETS)]
+
+
+@pytest.mark.parametrize(("family", "compiled"), COMPILED, indirect=["compiled"])
+def test_kernels_compile_with_the_arithmetic_they_ask_for(family, compiled):
+    globals()[f"launch_{family}"]()
+    assert len(compiled) >= 6
+    for name, ptx in compiled:  # an instruction that says .rn is rounded to the nearest and, PTX promises, never fused with another
+        loose = re.findall(r"\b(?:add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt)\.(?!rn\.f32|[su]\d|lo|hi|wide|cc)[a-z.0-9]*", ptx)
+        assert not loose, f"{name}: {set(loose)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- registration
+def test_every_operator_has_a_kernel():
+    assert set(ops.OPERATORS) == set(_ops._CHECKS)
+
+
+@pytest.mark.parametrize("device, key", [("xpu", "XPU"), ("cuda", "CUDA")])
+def test_kernels_become_those_of_a_device(device, key):
+    program = f"""
+import torch, bitsandbytes
+from bitsandbytes import _ops
+from bitsandbytes.backends.triton import ops
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+assert not has_kernel("bitsandbytes::gemm_4bit", {key!r})
+ops.register({device!r})
+assert all(has_kernel("bitsandbytes::" + name, {key!r}) for name in _ops._CHECKS)
+assert not torch.cuda.is_initialized()
+"""
+    assert run_python(program).returncode == 0
+
+
+def test_importing_the_library_leaves_triton_alone():
+    program = "import sys, bitsandbytes; assert not any(name.split('.')[0] == 'triton' for name in sys.modules)"
+    finished = run_python(program)
+    assert finished.returncode == 0 and not finished.stderr
+
+
+def test_without_triton_xpus_have_the_reference():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, bitsandbytes
+from bitsandbytes.backends.xpu import ops
+assert not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemm_4bit", "XPU")
+"""
+    finished = run_python(program)
+    assert finished.returncode == 0 and not finished.stderr
