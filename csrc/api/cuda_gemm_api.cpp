@@ -27,8 +27,9 @@ int32_t check_product(const GemmArgs4bit& args, const GemmPlan& plan, int64_t wi
     const bool has_operands = args.A != nullptr && args.B != nullptr && args.scales.absmax != nullptr;
     if (args.out == nullptr || (depth != 0 && !has_operands) || !has_nested)
         return kBadArgument;
-    const bool has_room = plan.splits == 1 || (plan.partial != nullptr && partial_count / plan.splits / args.M >= width);
-    return plan.splits >= 1 && has_room ? kOk : kBadArgument;
+    if (plan.splits < 1 || (plan.splits > 1 && (plan.partial == nullptr || partial_count / plan.splits / args.M < width)))
+        return kBadArgument;
+    return kOk;
 }
 
 int32_t launch_forward(const GemmCall& call, Stream stream) {
