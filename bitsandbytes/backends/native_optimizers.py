@@ -1,0 +1,173 @@
+"""Optimizer steps by a native library, the CPU's or the GPU's: many parameters in one call.
+
+The operators are those of ``default/optimizers.py``, which says what they compute: bit for bit, save for the norms that ``max_unorm`` needs. Those are
+sums in double precision here, which depend on nothing but the parameter.
+
+A native call steps its parameters at the same time, so those that overlap are stepped one after the other instead.
+"""
+
+from array import array
+from collections.abc import Callable
+import ctypes as ct
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Optional
+
+import torch
+
+from .default.optimizers import Settings, bias_corrections, published_settings, rows_of_moments
+
+P, L, D = ct.c_void_p, ct.c_int64, ct.c_double
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# As in csrc/common/optimizer.h.
+_ALGORITHMS = {"adam": 0, "lamb": 0, "ademamix": 1, "momentum": 2, "lars": 2, "lion": 3, "rmsprop": 4, "adagrad": 5}
+_OWN_NORM = -1.0
+
+
+class NativeTensors(ct.Structure):
+    _fields_ = [("count", L), *((name, P) for name in ("sizes", "p", "g", "g_dtypes", "moments", "absmax", "update_norms", "seeds"))]
+
+
+class NativeSettings(ct.Structure):
+    _fields_ = [
+        *((name, L) for name in ("algorithm", "dtype", "step")),
+        *((name, D) for name in ("lr", "beta1", "beta2", "beta3", "alpha", "eps", "weight_decay", "gnorm_scale")),
+        *((name, D) for name in ("mean_correction", "root_correction", "max_unorm", "param_norm")),
+        *((name, L) for name in ("decoupled_weight_decay", "nesterov", "amsgrad", "centered", "skip_zeros")),
+        ("qmaps", P * 3),
+    ]
+
+
+# Makes the native call. Takes the two structures, a parameter of the device, and the tensors that receive the norms of the updates, empty without a
+# limit on them: those and ``update_norms`` are its own business.
+NativeStep = Callable[[NativeTensors, NativeSettings, torch.Tensor, list], None]
+
+
+class _Table:
+    """Tensors as the C interface takes them: an array of addresses.
+
+    Those that are not contiguous are copied, and written back afterwards where the kernel writes.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self.tensors, self.plain = tensors, tensors
+        if not all([tensor.is_contiguous() for tensor in tensors]):
+            self.plain = [tensor.contiguous() for tensor in tensors]
+        self.addresses = array("Q", [tensor.data_ptr() for tensor in self.plain])
+
+    def write_back(self) -> None:
+        if self.plain is not self.tensors:
+            for tensor, plain in zip(self.tensors, self.plain):
+                if plain is not tensor:
+                    tensor.copy_(plain)
+
+
+def start_of(numbers: array) -> Optional[int]:
+    return numbers.buffer_info()[0] if numbers else None
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first to behind the last element of a tensor of any strides."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _overlap(tensors: list[torch.Tensor]) -> bool:
+    """Whether two of the tensors may share memory."""
+    width = tensors[0].element_size()
+    spans = [tensor.numel() * width if tensor.is_contiguous() else _span(tensor) for tensor in tensors]
+    ranges = sorted(zip([tensor.data_ptr() for tensor in tensors], spans))
+    return any([start + span > following for (start, span), (following, _) in pairwise(ranges)])
+
+
+def _note_changes(tensors: list[torch.Tensor]) -> None:
+    """Tells autograd that the values it may have saved are gone."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # before torch 2.6 one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the parameters of a call share."""
+
+    call: NativeStep
+    name: str
+    settings: Settings
+    qmaps: list
+    skip_zeros: bool
+    max_unorm: float = 0.0
+    param_norm: float = _OWN_NORM
+
+    @torch.no_grad()
+    def run(self, p: list, g: list, moments: list, absmax: list, unorm: list = (), seeds: list = ()) -> None:
+        if len(p) > 1 and _overlap(p):
+            for i in range(len(p)):
+                mine = (tensors[i * len(tensors) // len(p) : (i + 1) * len(tensors) // len(p)] for tensors in (p, g, moments, absmax))
+                self.run(*mine, unorm[i : i + 1], seeds[i : i + 1])
+        elif p:
+            self._run_at_once(p, g, moments, absmax, unorm, seeds)
+
+    def _run_at_once(self, p, g, moments, absmax, unorm, seeds) -> None:
+        written = [_Table(tensors) for tensors in (p, moments, absmax)]
+        gradients, codes = _Table(g), _Table(self.qmaps)
+        sizes, dtypes, seeds = (array("q", numbers) for numbers in ([t.numel() for t in p], [DTYPES[t.dtype] for t in g], seeds))
+        parameters, moments, absmax = (start_of(table.addresses) for table in written)
+        tensors = NativeTensors(
+            len(p), start_of(sizes), parameters, start_of(gradients.addresses), start_of(dtypes), moments, absmax, None, start_of(seeds)
+        )  # fmt: skip
+        s = self.settings
+        settings = NativeSettings(
+            _ALGORITHMS[self.name], DTYPES[p[0].dtype], s.step, s.lr, s.beta1, s.beta2, s.beta3, s.alpha, s.eps, s.weight_decay, s.gnorm_scale,
+            *bias_corrections(s), self.max_unorm, self.param_norm, s.decoupled_weight_decay, s.nesterov, s.amsgrad, s.centered, self.skip_zeros,
+            (P * 3)(*codes.addresses),
+        )  # fmt: skip
+        self.call(tensors, settings, p[0], unorm)
+        for table in written:
+            table.write_back()
+        _note_changes(p)
+
+
+def operators(kernel: Callable, call: NativeStep) -> tuple[Callable, Callable, Callable]:
+    """The operators ``optimizer_step``, ``optimizer_update_32bit`` and ``optimizer_update_8bit_blockwise``.
+
+    Args:
+        kernel: registers a function under the operator's name; see ``_ops.implement``.
+        call: makes the native call.
+    """
+
+    @kernel("optimizer_step")
+    def optimizer_step(
+        p, g, moments, absmax, qmaps, unorm, algorithm, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale=1.0, max_unorm=0.0,
+        skip_zeros=False, decoupled_weight_decay=True, bias_correction=True, nesterov=False, amsgrad=False, centered=False, seeds=(),
+    ):  # fmt: skip
+        settings = Settings(
+            beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, decoupled_weight_decay, bias_correction, nesterov, amsgrad, centered
+        )  # fmt: skip
+        _Step(call, algorithm, settings, qmaps, skip_zeros, max_unorm).run(p, g, moments, absmax, unorm if max_unorm > 0.0 else [], seeds)
+
+    @kernel("optimizer_update_32bit")
+    def optimizer_update_32bit(
+        optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale,
+        skip_zeros=False,
+    ):  # fmt: skip
+        settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+        moments = rows_of_moments(optimizer_name, state1, state2)
+        unorm = [unorm_vec] if max_unorm > 0.0 else []
+        _Step(call, optimizer_name, settings, [], skip_zeros, max_unorm, max(param_norm, 0.0)).run([p], [g], moments, [], unorm)
+
+    @kernel("optimizer_update_8bit_blockwise")
+    def optimizer_update_8bit_blockwise(
+        optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, qmap1, qmap2, absmax1, absmax2, weight_decay, gnorm_scale,
+        skip_zeros=False,
+    ):  # fmt: skip
+        settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+        moments, absmax = (rows_of_moments(optimizer_name, *pair) for pair in ((state1, state2), (absmax1, absmax2)))
+        qmaps = [qmap1, qmap1, qmap2] if optimizer_name == "ademamix" else [qmap1, qmap2][: len(moments)]
+        _Step(call, optimizer_name, settings, qmaps, skip_zeros).run([p], [g], moments, absmax)
+
+    return optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise

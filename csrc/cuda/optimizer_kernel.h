@@ -1,0 +1,444 @@
+// One step of an optimizer for many parameters in one launch.
+//
+// A warp steps blocks of 256 elements, the blocks that share a scale where moments have 8 bits: a lane holds two runs of four elements, so that every
+// access of a warp is to consecutive bytes whatever the element's size, and nothing but the largest moments has to be exchanged between lanes. Every
+// byte of gradient, parameter and moments is read once and, save the gradient, written once: for Adam with 16-bit parameters 10 bytes an element with
+// codes and 22 with floats.
+//
+// Work is dealt out in units of eight blocks of one parameter, numbered over all parameters of the launch, to the warps of a grid that just fills the
+// device. What a parameter is stands in a table among the kernel's own arguments; which parameter a unit belongs to is found by bisection.
+//
+// With a limit on the norm of the update the same kernel runs before, without writing: a sum of squares for each unit, which a block for each parameter
+// adds up in an order that depends on nothing but the parameter's size.
+#pragma once
+
+#include "optimizer_codes.h"
+
+#include "../common/optimizer_algorithms.h"
+#include "../common/optimizer_rounding.h"
+
+namespace bnb {
+namespace BNB_ISA {
+
+#if defined(__CUDACC__) && __CUDACC_VER_MAJOR__ >= 13
+constexpr int kParameterBytes = 32764;
+#else
+constexpr int kParameterBytes = 4096;
+#endif
+constexpr int kBlock = int(kOptimizerBlocksize);
+constexpr int kPerLane = kBlock / kWarpSize;
+constexpr int kRuns = kPerLane / 4; // of four elements
+constexpr int kBlocksPerUnit = int(kOptimizerUnit / kOptimizerBlocksize);
+
+template <int kMoments, bool in_8bit> struct States;
+
+template <int kMoments> struct States<kMoments, false> {
+    float* moments[kMoments];
+};
+
+template <int kMoments> struct States<kMoments, true> {
+    uint8_t* moments[kMoments];
+    float* absmax[kMoments];
+};
+
+// One parameter.
+template <int kMoments, bool in_8bit> struct Entry {
+    void* p;
+    const void* g;
+    States<kMoments, in_8bit> states;
+    int64_t n, first_unit;
+    DType g_dtype;
+    uint32_t seed;
+};
+
+struct StepArgs {
+    OptimizerScalars scalars;
+    OptimizerLimit limit;
+    DType dtype;
+    uint32_t step;
+    bool rounds_randomly;
+    int32_t count; // of parameters
+    int64_t units;
+    OptimizerSquares* squares; // one a unit; null: there is no limit
+    float *scales, *norms;     // one a parameter
+    CodeTables codes;
+};
+
+template <int kMoments, bool in_8bit> struct StepTable {
+    static constexpr int kRoom = (kParameterBytes - int(sizeof(StepArgs))) / int(sizeof(Entry<kMoments, in_8bit>));
+
+    StepArgs args;
+    Entry<kMoments, in_8bit> entries[kRoom];
+};
+
+// Which elements of a parameter a lane works on.
+struct Place {
+    int64_t begin; // of the block
+    int count;     // of its elements
+    bool is_whole; // all 256 are there and can be moved four at a time
+
+    __device__ __forceinline__ int index(int i) const { return i / 4 * 4 * kWarpSize + 4 * lane_index() + i % 4; }
+    __device__ __forceinline__ bool has(int i) const { return is_whole || index(i) < count; }
+};
+
+template <typename T> __device__ __forceinline__ Vector<T, 4> read_run(const T* tensor, const Place& place, int run) {
+    const T* block = tensor + place.begin;
+    if (place.is_whole)
+        return load_vector<4>(block + place.index(4 * run));
+    Vector<T, 4> some{};
+    for (int i = 0; i < 4; ++i)
+        if (place.has(4 * run + i))
+            some.value[i] = block[place.index(4 * run + i)];
+    return some;
+}
+
+template <typename T> __device__ __forceinline__ void write_run(T* tensor, const Place& place, int run, const Vector<T, 4>& values) {
+    T* block = tensor + place.begin;
+    if (place.is_whole)
+        return store_vector(block + place.index(4 * run), values);
+    for (int i = 0; i < 4; ++i)
+        if (place.has(4 * run + i))
+            block[place.index(4 * run + i)] = values.value[i];
+}
+
+template <typename T> struct WordsOf {
+    uint32_t word[sizeof(T)];
+};
+
+// Elements of any type as they lie in memory, so that all loads of a block are under way before the first result is looked at.
+struct RawBlock {
+    uint32_t word[kPerLane]; // of 16 bits: two elements in each, in the first half
+
+    template <typename T> __device__ __forceinline__ void read_as(const T* tensor, const Place& place) {
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run) {
+            const Vector<T, 4> values = read_run(tensor, place, run);
+            memcpy(word + run * sizeof(T), &values, sizeof values);
+        }
+    }
+
+    __device__ __forceinline__ void read(const void* tensor, DType dtype, const Place& place) {
+        if (dtype == kFloat32)
+            read_as(static_cast<const float*>(tensor), place);
+        else
+            read_as(static_cast<const uint16_t*>(tensor), place);
+    }
+
+    __device__ __forceinline__ void widen_to(float (&x)[kPerLane], DType dtype) const {
+        if (dtype == kFloat32) {
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                x[i] = float_from_bits(word[i]);
+        } else if (dtype == kBFloat16) {
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                x[i] = widen(BFloat16{uint16_t(word[i / 2] >> 16 * (i % 2))});
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                x[i] = widen(Half{uint16_t(word[i / 2] >> 16 * (i % 2))});
+        }
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void write_parameter_as(T* p, const Place& place, const float (&x)[kPerLane], const StepArgs& args, uint32_t seed) {
+    float rounded[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+        rounded[i] = x[i];
+    if (args.rounds_randomly) {
+        const RandomBits random(seed, args.step);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i)
+            rounded[i] = round_finite_randomly(static_cast<T*>(nullptr), x[i], random.of(place.begin + place.index(i)));
+    }
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+        Vector<T, 4> values;
+        for (int i = 0; i < 4; ++i)
+            values.value[i] = narrow<T>(rounded[4 * run + i]);
+        write_run(p, place, run, values);
+    }
+}
+
+__device__ __forceinline__ void write_parameter(void* p, const Place& place, const float (&x)[kPerLane], const StepArgs& args, uint32_t seed) {
+    if (args.dtype == kFloat32)
+        write_parameter_as(static_cast<float*>(p), place, x, args, seed);
+    else if (args.dtype == kBFloat16)
+        write_parameter_as(static_cast<BFloat16*>(p), place, x, args, seed);
+    else
+        write_parameter_as(static_cast<Half*>(p), place, x, args, seed);
+}
+
+// ----------------------------------------------------------------------------------------------------------------------------- moments
+// The moments of a block: read raw, widened, and written after the step.
+template <int kMoments, bool in_8bit> struct BlockOfMoments;
+
+template <int kMoments> struct BlockOfMoments<kMoments, false> {
+    Vector<float, 4> raw[kMoments][kRuns];
+
+    __device__ __forceinline__ void read(const States<kMoments, false>& states, const Place& place) {
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k)
+#pragma unroll
+            for (int run = 0; run < kRuns; ++run)
+                raw[k][run] = read_run(states.moments[k], place, run);
+    }
+
+    __device__ __forceinline__ void widen_to(float (&m)[kPerLane][kMoments], const CodeTables&, const Place&) const {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i)
+#pragma unroll
+            for (int k = 0; k < kMoments; ++k)
+                m[i][k] = raw[k][i / 4].value[i % 4];
+    }
+
+    __device__ __forceinline__ static void write(const States<kMoments, false>& states, const CodeTables&, const Place& place,
+                                                 float (&m)[kPerLane][kMoments]) {
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k)
+#pragma unroll
+            for (int run = 0; run < kRuns; ++run)
+                write_run(states.moments[k], place, run, Vector<float, 4>{{m[4 * run][k], m[4 * run + 1][k], m[4 * run + 2][k], m[4 * run + 3][k]}});
+    }
+};
+
+template <int kMoments> struct BlockOfMoments<kMoments, true> {
+    uint32_t raw[kMoments][kRuns];
+    float absmax[kMoments];
+
+    __device__ __forceinline__ void read(const States<kMoments, true>& states, const Place& place) {
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k) {
+            absmax[k] = states.absmax[k][place.begin / kBlock];
+#pragma unroll
+            for (int run = 0; run < kRuns; ++run) {
+                const Vector<uint8_t, 4> codes = read_run(states.moments[k], place, run);
+                memcpy(&raw[k][run], &codes, sizeof codes);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void widen_to(float (&m)[kPerLane][kMoments], const CodeTables& tables, const Place& place) const {
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k) {
+            const CodeTable table(tables, tables.of_moment[k]);
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                m[i][k] = place.has(i) ? decode(tables, table, raw[k][i / 4], i % 4) * absmax[k] : 0.0f;
+        }
+    }
+
+    // The bits of the largest magnitude of each moment. Returns whether all are finite.
+    __device__ __forceinline__ static bool measure(const float (&m)[kPerLane][kMoments], uint32_t (&largest)[kMoments]) {
+        bool is_finite = true;
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k) {
+            uint32_t own = 0;
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                own = max_bits(own, magnitude_bits(m[i][k]));
+            largest[k] = warp_max(own);
+            is_finite = is_finite && largest[k] < kInfinityBits;
+        }
+        return is_finite;
+    }
+
+    // Codes cannot say NaN, and an infinite scale would spoil the other elements of the block: an element with a moment that is NaN or infinite starts
+    // anew with all of its moments.
+    __device__ __forceinline__ static void reset_spoilt(float (&m)[kPerLane][kMoments]) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            bool is_finite = true;
+#pragma unroll
+            for (int k = 0; k < kMoments; ++k)
+                is_finite = is_finite && magnitude_bits(m[i][k]) < kInfinityBits;
+#pragma unroll
+            for (int k = 0; k < kMoments; ++k)
+                m[i][k] = is_finite ? m[i][k] : 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ static void write(const States<kMoments, true>& states, const CodeTables& tables, const Place& place,
+                                                 float (&m)[kPerLane][kMoments]) {
+        uint32_t largest[kMoments];
+        if (!measure(m, largest)) {
+            reset_spoilt(m);
+            measure(m, largest);
+        }
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k) {
+            const CodeTable table(tables, tables.of_moment[k]);
+            const CodeTraits traits = *table.traits;
+            const float absmax = float_from_bits(largest[k]), inverse = inverse_absmax(absmax);
+#pragma unroll
+            for (int run = 0; run < kRuns; ++run) {
+                const auto value = [&](int i) { return m[4 * run + i][k]; };
+                const uint32_t word = traits.has_cells ? encode_four([&](int i) { return encode_by_cell(table, value(i), inverse); })
+                                                       : encode_four([&](int i) { return encode_by_search(table, traits.negatives, value(i), inverse); });
+                Vector<uint8_t, 4> codes;
+                memcpy(&codes, &word, sizeof codes);
+                write_run(states.moments[k], place, run, codes);
+            }
+            if (lane_index() == 0)
+                states.absmax[k][place.begin / kBlock] = absmax;
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------------------ a block
+// Leaves elements alone whose gradient is zero. Returns whether there is anything to write.
+template <typename Algorithm>
+__device__ __forceinline__ bool step_elements(const Movement<Algorithm>& movement, bool skips_zeros, float scale, const float (&g)[kPerLane],
+                                              float (&p)[kPerLane], float (&m)[kPerLane][Algorithm::kMoments]) {
+    bool any = !skips_zeros;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        float moments[Algorithm::kMoments];
+#pragma unroll
+        for (int k = 0; k < Algorithm::kMoments; ++k)
+            moments[k] = m[i][k];
+        const float moved = movement.moved(p[i], movement.direction(g[i], p[i], moments), scale);
+        const bool is_touched = !skips_zeros || g[i] != 0.0f;
+        any = any || is_touched;
+        p[i] = is_touched ? moved : p[i];
+#pragma unroll
+        for (int k = 0; k < Algorithm::kMoments; ++k)
+            m[i][k] = is_touched ? moments[k] : m[i][k];
+    }
+    return __any_sync(kWholeWarp, any);
+}
+
+template <typename Algorithm>
+__device__ __forceinline__ void add_squares(const Movement<Algorithm>& movement, bool skips_zeros, const Place& place, const float (&g)[kPerLane],
+                                            const float (&p)[kPerLane], float (&m)[kPerLane][Algorithm::kMoments], OptimizerSquares& sum) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        const double update = movement.direction(g[i], p[i], m[i]), value = p[i];
+        if (!place.has(i))
+            continue;
+        sum.p += value * value;
+        if (!skips_zeros || g[i] != 0.0f)
+            sum.update += update * update;
+    }
+}
+
+// Elements behind the end of the tensor, which were computed from zeros, must not count as moments.
+template <int kMoments> __device__ __forceinline__ void clear_rest(const Place& place, float (&m)[kPerLane][kMoments]) {
+    if (place.is_whole)
+        return;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k)
+            m[i][k] = place.has(i) ? m[i][k] : 0.0f;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------------ kernels
+// The last entry that begins at or before the unit; empty parameters begin where the next one does.
+template <typename Table> __device__ __forceinline__ int entry_of(const Table& table, int64_t unit) {
+    int first = 0, behind = table.args.count;
+    while (behind - first > 1) {
+        const int middle = (first + behind) / 2;
+        if (table.entries[middle].first_unit <= unit)
+            first = middle;
+        else
+            behind = middle;
+    }
+    return first;
+}
+
+BNB_HD bool is_aligned_for_four(const void* p, int size) { return uintptr_t(p) % unsigned(4 * size) == 0; }
+
+template <int kMoments, bool in_8bit> __device__ __forceinline__ bool can_move_four(const Entry<kMoments, in_8bit>& entry, DType dtype) {
+    bool can = is_aligned_for_four(entry.p, dtype == kFloat32 ? 4 : 2) && is_aligned_for_four(entry.g, entry.g_dtype == kFloat32 ? 4 : 2);
+#pragma unroll
+    for (int k = 0; k < kMoments; ++k)
+        can = can && is_aligned_for_four(entry.states.moments[k], in_8bit ? 1 : 4);
+    return can;
+}
+
+template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 1024 : kMoments == 2 ? 896 : 768;
+template <bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : 3;
+
+template <typename Algorithm, bool in_8bit, bool measures>
+__global__ void __launch_bounds__((kThreads<Algorithm::kMoments, in_8bit>), (kBlocksPerMultiprocessor<in_8bit>))
+    step_kernel(const __grid_constant__ StepTable<Algorithm::kMoments, in_8bit> table) {
+    constexpr int kMoments = Algorithm::kMoments;
+    const StepArgs& args = table.args;
+    if constexpr (in_8bit)
+        build_tables(args.codes);
+    const Movement<Algorithm> movement(args.scalars);
+    const int64_t stride = int64_t(gridDim.x) * (int(blockDim.x) / kWarpSize);
+    for (int64_t unit = int64_t(warp_index()) * gridDim.x + blockIdx.x; unit < args.units; unit += stride) {
+        const int number = entry_of(table, unit);
+        const Entry<kMoments, in_8bit>& entry = table.entries[number];
+        const bool moves_four = can_move_four(entry, args.dtype);
+        const float scale = args.squares == nullptr || measures ? 1.0f : args.scales[number];
+        OptimizerSquares sum{0.0, 0.0};
+        const int64_t begin = (unit - entry.first_unit) * kOptimizerUnit;
+#pragma unroll 1
+        for (int64_t start = begin; start < begin + kOptimizerUnit && start < entry.n; start += kBlock) {
+            const int count = entry.n - start < kBlock ? int(entry.n - start) : kBlock;
+            const Place place{start, count, moves_four && count == kBlock};
+            RawBlock raw_g, raw_p;
+            BlockOfMoments<kMoments, in_8bit> raw_moments;
+            raw_g.read(entry.g, entry.g_dtype, place);
+            raw_p.read(entry.p, args.dtype, place);
+            raw_moments.read(entry.states, place);
+            float g[kPerLane], p[kPerLane], m[kPerLane][kMoments];
+            raw_g.widen_to(g, entry.g_dtype);
+            raw_p.widen_to(p, args.dtype);
+            raw_moments.widen_to(m, args.codes, place);
+            if constexpr (measures) {
+                add_squares(movement, args.scalars.skips_zeros, place, g, p, m, sum);
+            } else {
+                if (!step_elements(movement, args.scalars.skips_zeros, scale, g, p, m))
+                    continue;
+                write_parameter(entry.p, place, p, args, entry.seed);
+                clear_rest(place, m);
+                BlockOfMoments<kMoments, in_8bit>::write(entry.states, args.codes, place, m);
+            }
+        }
+        if constexpr (measures) {
+            sum = {warp_sum(sum.update), warp_sum(sum.p)};
+            if (lane_index() == 0)
+                args.squares[unit] = sum;
+        }
+    }
+}
+
+constexpr int kLimitThreads = 256;
+
+struct SquaresOfWarps {
+    OptimizerSquares squares[kLimitThreads / kWarpSize];
+};
+
+// How much of an update the limit on its norm leaves. One block a parameter.
+template <int kMoments, bool in_8bit> __global__ void limit_kernel(const __grid_constant__ StepTable<kMoments, in_8bit> table) {
+    const StepArgs& args = table.args;
+    const Entry<kMoments, in_8bit>& entry = table.entries[blockIdx.x];
+    const int64_t units = optimizer_units(entry.n);
+    OptimizerSquares sum{0.0, 0.0};
+    for (int64_t unit = int64_t(threadIdx.x); unit < units; unit += kLimitThreads) {
+        const OptimizerSquares squares = args.squares[entry.first_unit + unit];
+        sum = {sum.update + squares.update, sum.p + squares.p};
+    }
+    SquaresOfWarps& warps = shared_variable<SquaresOfWarps>();
+    sum = {warp_sum(sum.update), warp_sum(sum.p)};
+    if (lane_index() == 0)
+        warps.squares[warp_index()] = sum;
+    __syncthreads();
+    if (threadIdx.x != 0)
+        return;
+    sum = {0.0, 0.0};
+    for (const OptimizerSquares& squares : warps.squares)
+        sum = {sum.update + squares.update, sum.p + squares.p};
+    const OptimizerLimited limited = limit_update(args.limit, sum);
+    args.norms[blockIdx.x] = limited.norm;
+    args.scales[blockIdx.x] = limited.scale;
+}
+
+} // namespace BNB_ISA
+} // namespace bnb
