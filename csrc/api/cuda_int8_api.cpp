@@ -77,7 +77,7 @@ int32_t multiply_slabs(const Int8QuantizeArgs& all, const Int8ProductArgs& produ
         slab.rows = all.rows - row < kSlab ? all.rows - row : kSlab;
         slab.stats += row * kInt8Classes;
         if (row > 0)
-            slab.outliers.list = nullptr; // it is there
+            slab.outliers.list = slab.outliers.count = nullptr; // they are there
         status = one_pass ? launch_int8_quantize(slab, stream) : launch_int8_codes(slab, stream);
         if (status != kOk)
             break;
@@ -103,7 +103,8 @@ int32_t bnb_cuda_int8_quantize(const void* A, int32_t dtype, int64_t rows, int64
         return kBadArgument;
     if (!holds(A, rows * columns) || !holds(row_stats, rows) || !holds(row_codes, rows * columns))
         return kBadArgument;
-    if ((outlier_list != nullptr || outlier_count != nullptr) && (is_outlier == nullptr || outlier_list == nullptr || outlier_count == nullptr))
+    const bool lists = outlier_count != nullptr;
+    if (lists ? !(threshold > 0.0) || !holds(outlier_list, columns) : outlier_list != nullptr)
         return kBadArgument;
     if (col_stats != nullptr && !holds(col_codes, rows * columns))
         return kBadArgument;

@@ -174,7 +174,7 @@ enum class Pass { kStatistics, kCodes, kBoth };
 
 template <typename T> __global__ void __launch_bounds__(kMostThreads) quantize_rows(Int8QuantizeArgs args, Pass pass) {
     const bool has_classes = args.classes > 1;
-    const bool lists = args.outliers.list != nullptr && pass != Pass::kStatistics;
+    const bool lists = args.outliers.count != nullptr && pass != Pass::kStatistics;
     if (lists && pass == Pass::kCodes && blockIdx.x + 1 == gridDim.x) { // the block more
         list_columns(args.outliers.mask, args.columns, args.outliers.list, args.outliers.count);
         return;
@@ -320,8 +320,10 @@ template <typename T> __global__ void __launch_bounds__(kBackThreads) scale_rows
 int32_t quantize(const Int8QuantizeArgs& args, Pass pass, Stream stream) {
     return with_element_type(args.dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const bool is_one_more = pass == Pass::kCodes && args.outliers.list != nullptr;
-        const unsigned blocks = grid_for(args.rows) + (is_one_more ? 1 : 0);
+        const bool lists = args.outliers.count != nullptr;
+        unsigned blocks = grid_for(args.rows);
+        if (lists && (pass == Pass::kCodes || (pass == Pass::kBoth && blocks == 0)))
+            ++blocks;
         return blocks == 0 ? int32_t(kOk) : launch(quantize_rows<T>, blocks, threads_for(args.columns), 0, stream, args, pass);
     });
 }

@@ -166,8 +166,8 @@ int32_t free_in_order(void* p, Stream stream);
 // The columns of the activations that hold an outlier. Kernels find them and kernels use them: the host need not know how many there are.
 struct Int8Outliers {
     uint8_t* mask;  // [columns] truth values; null: no column is special
-    int64_t* list;  // [columns]: the indices, ascending; or null
-    int64_t* count; // [1]
+    int64_t* list;  // [columns]: their indices, ascending
+    int64_t* count; // [1]: how many; null: there is to be no list
 };
 
 struct Int8QuantizeArgs {
