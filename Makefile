@@ -23,7 +23,7 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart test build benchmark docs published-tests cuda clean help
+.PHONY: quickstart test build benchmark docs published-tests cuda cuda-test clean help
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -50,6 +50,9 @@ cuda:
 	cmake -S . -B build/cuda -DCOMPUTE_BACKEND=cuda $(CUDA_FLAGS)
 	cmake --build build/cuda --parallel $(JOBS)
 
+cuda-test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "slow or not slow" tests/test_cuda_build.py tests/test_cuda_emulation.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/output bitsandbytes/libbitsandbytes_*
 
@@ -58,6 +61,7 @@ help:
 	@echo 'make test             virtual environment, install, and the tests (PYTEST_FLAGS="-k name")'
 	@echo 'make build            virtual environment and editable install, native library included'
 	@echo 'make cuda             the CUDA library, for every GPU the toolkit knows (CUDA_FLAGS="-DCOMPUTE_CAPABILITY=90": for one)'
+	@echo 'make cuda-test        how nvcc takes the kernels (BNB_TEST_CUDA_ARCHITECTURES=all: for every GPU it knows)'
 	@echo 'make benchmark        speed, against the published wheel with PUBLISHED_PYTHON=/path/to/its/python'
 	@echo 'make docs             the documentation as HTML, in build/docs'
 	@echo 'make published-tests  the published test suite against this package, PUBLISHED=/path/to/its/checkout'
