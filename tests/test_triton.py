@@ -14,7 +14,7 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile as compile_kernel
-from triton.runtime.jit import mangle_type
+from triton.runtime.jit import JITFunction, mangle_type
 
 from bitsandbytes import _ops
 from bitsandbytes.backends.triton import blockwise, int8, ops, optimizers, products
@@ -41,17 +41,18 @@ NESTED = (BYTES[:65], CODE, torch.ones(1))
 
 
 def launch_blockwise():
-    x = torch.randn(1000).bfloat16()
+    x = torch.randn(1024).bfloat16()
     for quant_type in ("nf4", "fp4"):
         blockwise.quantize_4bit(x, 64, quant_type, torch.uint8)
-    for blocksize in (256, 10_000):
-        blockwise.quantize_blockwise(x.repeat(20), CODE, blocksize)
+    for blocksize in (1, 256, 10_000):
+        blockwise.quantize_blockwise(x[:1].repeat(20 * blocksize), CODE, blocksize)
     blockwise.dequantize_4bit(BYTES, SCALES, 64, "nf4", (1000,), torch.bfloat16)
+    blockwise.dequantize_blockwise(BYTES[:1], SCALES, CODE, 64, torch.float16)
     blockwise.dequantize_blockwise(BYTES[:1000], SCALES, CODE, 64, torch.float16)
 
 
 def launch_products():
-    for dtype, M, K, nested in ((torch.bfloat16, 1, 64, NESTED), (torch.float16, 20, 65, ()), (torch.float32, 40, 64, ())):
+    for dtype, M, K, nested in ((torch.bfloat16, 1, 64, NESTED), (torch.float16, 20, 65, ()), (torch.float32, 40, 64, ()), (torch.float16, 2, 1, ())):
         A, grad = torch.randn(M, K).to(dtype), torch.randn(M, 64).to(dtype)
         products.gemm_4bit(A, BYTES, (64, K), torch.ones(65), 64, "nf4", grad[0], *nested)
         products.gemm_4bit_backward(grad, BYTES, (64, K), torch.ones(65), 64, "nf4", *nested)
@@ -62,7 +63,7 @@ def launch_int8():
     A = torch.randn(64, 64).bfloat16()
     int8.int8_double_quant(A, 2.0)
     int8.int8_linear(A, INT8, SCALES, None, 2.0)
-    int8.int8_linear_matmul(INT8, INT8)
+    int8.int8_linear_matmul(INT8[:, :1], INT8[:1, :1])
     int8.int8_mixed_scaled_mm(A, INT8, INT8, SCALES, SCALES, torch.tensor([1, 2]))
     int8.int8_mm_dequant(INT8.int(), SCALES, SCALES)
 
@@ -70,9 +71,9 @@ def launch_int8():
 def launch_optimizers():
     cases = ("adam", 2), ("adam", 3), ("ademamix", 3), ("momentum", 1), ("lion", 1), ("rmsprop", 3), ("adagrad", 1), ("lamb", 2)
     for i, (algorithm, count) in enumerate(cases):
-        p = torch.randn(1000).to((torch.bfloat16, torch.float16)[i % 2])
+        p = torch.randn(1024).to((torch.bfloat16, torch.float16)[i % 2])
         in_8bit = i % 3 != 1
-        moments = [torch.zeros(1000, dtype=torch.uint8 if in_8bit else torch.float32) for _ in range(count)]
+        moments = [torch.zeros(1024, dtype=torch.uint8 if in_8bit else torch.float32) for _ in range(count)]
         absmax, qmaps = ([torch.zeros(4) for _ in range(count)], [CODE] * count) if in_8bit else ([], [])
         optimizers.optimizer_step(
             [p], [p], moments, absmax, qmaps, [torch.zeros(1)], algorithm, 5, 1e-3, 0.9, 0.99, 0.999, 4.0, 1e-8, 0.01, max_unorm=float(algorithm == "lamb"),
@@ -80,22 +81,38 @@ def launch_optimizers():
         )  # fmt: skip
 
 
+def compile_for(target, kernel, args, meta):
+    """What a launch with these arguments compiles: it makes use of a size that is one, and of sizes and addresses that 16 divides."""
+    constants = {name: value for name, value in meta.items() if name in kernel.arg_names}
+    signature = dict(zip(kernel.arg_names, map(mangle_type, args))) | dict.fromkeys(constants, "constexpr")
+    assert list(signature) == kernel.arg_names
+    attributes = {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if name in (kernel.do_not_specialize or ()) or isinstance(number, float):
+            continue
+        if number == 1:
+            signature[name], constants[name] = "constexpr", 1
+        elif number % 16 == 0:
+            attributes[i,] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in meta.items() if name not in constants}
+    return compile_kernel(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
 @pytest.fixture
 def compiled(request, monkeypatch, tmp_path):
-    """Kernels compiled for a target in the place of being launched: name, code in assembly."""
+    """Fills with kernels that are compiled for a target in the place of being launched."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = []
 
-    def compile_instead(kernel, grid, *args, **meta):
-        signature = dict(zip(kernel.arg_names, map(mangle_type, args))) | dict.fromkeys(meta, "constexpr")
-        assert list(signature) == kernel.arg_names
-        code = compile_kernel(ASTSource(kernel, signature, meta), target=TARGETS[request.param], options={"enable_fp_fusion": False})
-        kernels.append((kernel.__name__, code.asm.get("ptx", "")))
+    def compile_instead(kernel, grid):
+        return lambda *args, **meta: kernels.append(compile_for(TARGETS[request.param], kernel, args, meta))
 
-    for module in FAMILIES.values():
-        monkeypatch.setattr(module, "launch", compile_instead)
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_instead)
     return kernels
 
+
+SHARED_MEMORY = 64 * 1024  # of a program, where there is least
 
 # Matrix instructions differ between targets; the rest is compiled for one.
 COMPILED = [("blockwise", "sm_90"), ("optimizers", "sm_90"), *((family, target) for family in ("products", "int8") for target in TARGETS)]
@@ -105,9 +122,11 @@ COMPILED = [("blockwise", "sm_90"), ("optimizers", "sm_90"), *((family, target) 
 def test_kernels_compile_with_the_arithmetic_they_ask_for(family, compiled):
     globals()[f"launch_{family}"]()
     assert len(compiled) >= 6
-    for name, ptx in compiled:  # an instruction that says .rn is rounded to the nearest and, PTX promises, never fused with another
+    for kernel in compiled:  # an instruction that says .rn is rounded to the nearest and, PTX promises, never fused with another
+        ptx = kernel.asm.get("ptx", "")
         loose = re.findall(r"\b(?:add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt)\.(?!rn\.f32|[su]\d|lo|hi|wide|cc)[a-z.0-9]*", ptx)
-        assert not loose, f"{name}: {set(loose)}"
+        assert not loose, f"{kernel.metadata.name}: {set(loose)}"
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------- registration

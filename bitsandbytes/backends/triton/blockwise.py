@@ -20,7 +20,6 @@ _TILE = 2048  # elements
 _WIDEST = 4096
 _BYTES = 1024  # of 4-bit codes for a program that undoes them
 
-_COUNTS = ["count", "blocksize"]
 _ZERO_CODE = {"nf4": 7, "fp4": 0}
 
 
@@ -46,7 +45,7 @@ def _quantise(values, absmax, index, inside, table, codes, stored, FORMAT: tl.co
         tl.store(codes + even // 2, (first << 4 | second).to(tl.uint8), mask=even // 2 < stored)
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "stored"])
+@triton.jit
 def _quantize_kernel(
     x, table, codes, absmaxes, count, blocksize, stored,
     FORMAT: tl.constexpr, ZERO_CODE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
@@ -96,7 +95,7 @@ def quantize_blockwise(A, code, blocksize):
     return codes, absmax
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit
 def _dequantize_blockwise_kernel(codes, absmaxes, table, out, count, blocksize, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
     pieces = tl.cdiv(blocksize, WIDTH)
     program = tl.program_id(0)
@@ -130,7 +129,7 @@ def dequantize_blockwise_out(A, absmax, code, blocksize, dtype, out):
     written(out, lambda buffer: _dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _dequantize_4bit_kernel(packed, absmaxes, table, out, count, BLOCKSIZE: tl.constexpr, BYTES: tl.constexpr):
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     inside = byte * 2 < count

@@ -31,7 +31,7 @@ def _without_outliers(x, threshold, HAS_THRESHOLD: tl.constexpr):
     return tl.where(tl.abs(x) >= threshold, 0.0, x) if HAS_THRESHOLD else x
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "threshold"])
+@triton.jit(do_not_specialize=["rows"])
 def _largest_kernel(
     x, stats, is_outlier, rows, columns, row_stride, column_stride, threshold,
     HAS_THRESHOLD: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -55,7 +55,7 @@ def _largest_kernel(
     tl.store(at, ar.largest_magnitude(largest), mask=(row < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "threshold"])
+@triton.jit(do_not_specialize=["rows"])
 def _encode_kernel(
     x, stats, is_outlier, codes, rows, columns, threshold,
     HAS_THRESHOLD: tl.constexpr, CLASSES: tl.constexpr, OF_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -137,7 +137,7 @@ def _scaled(sums, row_stat, col_stat):
     return (sums.to(tl.float32) * (row_stat * col_stat)) * ar.PER_PRODUCT
 
 
-@triton.jit(do_not_specialize=["count", "columns"])
+@triton.jit
 def _dequantize_kernel(
     x, row_stats, col_stats, bias, out, count, columns, OF_PRODUCT: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def _exact_dot(a, b, FP16: tl.constexpr):
     return product
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "outlier_count"])
+@triton.jit(do_not_specialize=["M", "outlier_count"])
 def _product_kernel(
     codes_a, codes_b, row_stats, col_stats, bias, a, outliers, out, M, N, K, outlier_count,
     CLASSES: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, FP16: tl.constexpr,

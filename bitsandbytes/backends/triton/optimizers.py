@@ -178,7 +178,7 @@ def _round_randomly(value, index, key, dtype: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------------------- kernel
 
 
-@triton.jit(do_not_specialize=["count", "key"])
+@triton.jit(do_not_specialize=["key"])
 def _step_kernel(
     p, g, moment0, moment1, moment2, absmax0, absmax1, absmax2, qmap0, qmap1, qmap2, squares, limit_factor, count, key,
     gnorm_scale, decay, step_size, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, mean_correction, root_correction,

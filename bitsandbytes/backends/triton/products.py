@@ -18,8 +18,6 @@ from ...packing import from_cpu_layout, is_cpu_layout
 from . import arithmetic as ar
 from .launch import as_bytes, ceil_div, launch, levels, operator
 
-_SIZES = ["M", "N", "K"]
-
 
 @triton.jit
 def _scale(block, inside, absmax, absmax_codes, absmax_table, offset, NESTED: tl.constexpr):
@@ -62,7 +60,7 @@ def weight_8bit(codes, stats, n, k, inside_n, inside_k, K):
     return tl.where(inside_k[None, :], (code.to(tl.float32) * stat[:, None]) * ar.PER_CODE, 0.0)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     a, codes, table, absmax, absmax_codes, absmax_table, offset, bias, out, M, N, K,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, PAIRED: tl.constexpr, ROW_SCALE: tl.constexpr, IN_4BIT: tl.constexpr, BACKWARD: tl.constexpr,
@@ -137,7 +135,7 @@ def _multiply(A, codes, shape, absmax, *, table=None, blocksize=1, nested=None, 
         _product_kernel, (ceil_div(M, tiles["M_TILE"]), ceil_div(width, tiles["K_TILE" if backward else "N_TILE"])),
         A, codes, absmax if table is None else table, absmax, absmax_codes, absmax_table, offset, out if bias is None else bias.contiguous(), out,
         M, N, K, BLOCKSIZE=blocksize, NESTED=nested is not None, PAIRED=K % 2 == 0, ROW_SCALE=row_scale, IN_4BIT=table is not None,
-        BACKWARD=backward, HAS_BIAS=bias is not None, ONE_TOKEN=M == 1, **tiles,
+        BACKWARD=backward, HAS_BIAS=bias is not None, ONE_TOKEN=M == 1, **tiles, num_stages=2,  # three need more shared memory than most GPUs have
     )  # fmt: skip
     return out
 
