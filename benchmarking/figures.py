@@ -2,6 +2,8 @@
 
     python benchmarking/figures.py     writes benchmarking/results/quantisation-error.json and docs/source/images/*.svg
 
+The figure of speeds is drawn from a recorded run of ``cpu_benchmark.py``.
+
 The error of a format is the root mean square of (dequantised - x) over that of x, for values x that are spread like a normal distribution:
 its quantiles in a fixed order, so that every machine has the same.
 """
@@ -9,6 +11,7 @@ its quantiles in a fixed order, so that every machine has the same.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from bitsandbytes import codebooks
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "quantisation-error.json"
+SPEEDS = HERE / "results" / "cpu-zen5-2-cores.json"
 IMAGES = HERE.parent / "docs" / "source" / "images"
 
 COUNT = 1 << 18
@@ -27,7 +31,7 @@ SERIES = {
     "NF4, double quantisation": {"quant_type": "nf4", "compress_statistics": True},
     "FP4": {"quant_type": "fp4"},
 }
-COLOURS = {"NF4": "#0b5cad", "NF4, double quantisation": "#5aa3e8", "FP4": "#c2571a"}
+COLOURS = {"NF4": "#0b5cad", "NF4, double quantisation": "#5aa3e8", "FP4": "#c2571a", "int8": "#2a8f5b", "dense": "#59636e"}
 
 
 def normal_values() -> torch.Tensor:
@@ -109,6 +113,27 @@ def draw_errors(errors: dict[str, list[float]]) -> None:
     save(axes, "quantisation_error.svg")
 
 
+def draw_speeds(cases: list[dict]) -> None:
+    """Time of a bfloat16 layer against the number of tokens: here, in the published library, and dense."""
+    axes = new_figure(8, 4)
+    for layer, name in (("nn.Linear", "dense"), ("Linear8bitLt", "int8"), ("Linear4bit", "NF4")):
+        rows = [(int(case["case"].partition("M=")[2]), case) for case in cases if re.fullmatch(rf"{re.escape(layer)} bf16 M=\d+", case["case"])]
+        for key, style, where in (("seconds", "o-", "" if name == "dense" else ", here"), ("published_seconds", "o:", ", published")):
+            points = [(tokens, 1000 * case[key]) for tokens, case in sorted(rows, key=lambda row: row[0]) if case.get(key)]
+            if points:
+                axes.plot(*zip(*points), style, color=COLOURS[name], label=name + where, markersize=4)
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", xticks=[1, 4, 16, 128, 512], xticklabels=["1", "4", "16", "128", "512"]
+    )
+    axes.set(yticks=[0.1, 1, 10], yticklabels=["0.1", "1", "10"])
+    axes.minorticks_off()
+    axes.grid(color="#e4e8ec")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save(axes, "cpu_speed.svg")
+
+
 def main() -> None:
     errors = quantisation_errors()
     record = {
@@ -121,6 +146,7 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_levels()
     draw_errors(errors)
+    draw_speeds(json.loads(SPEEDS.read_text())["cases"])
 
 
 if __name__ == "__main__":
