@@ -6,7 +6,8 @@
 An edits file is a patch without the lines that it removes or that surround it: those belong to the library it is for. It names them by number
 and by checksum instead.
 
-    tests: tests/test_linear4bit.py                 for check.sh: test files of the library that exercise what is changed
+    after: 01-four-bit-state-dict                   for check.sh: the fix that this one builds on
+    tests: tests/test_linear4bit.py                 and the test files of the library that exercise what is changed
     file bitsandbytes/nn/modules.py
     at 594 keep 2 drop 9 keep 1 sha256 5f0c...      lines 594 to 605 have this checksum; 2 stay, 9 go, the last one stays
     +    new lines, each after a plus sign, take the place of those that go
@@ -72,7 +73,7 @@ def read(path: Path) -> dict[str, list[Edit] | list[str]]:
                 edit = Edit(int(first), int(before), int(drop), int(after), digest)
                 target.append(edit)
                 added = edit.added
-            case [] | ["tests:", *_]:
+            case [] | ["after:" | "tests:", *_]:
                 pass
             case _:
                 raise ValueError(f"{path}:{number}: not understood: {line}")

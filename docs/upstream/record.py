@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes what was changed in a checkout of the published library as edits for apply.py, to standard output.
 
-    docs/upstream/record.py CHECKOUT [--base COMMIT] [--tests FILE...] > docs/upstream/NN-name/fix.edits
+    docs/upstream/record.py CHECKOUT [--base COMMIT] [--after FIX] [--tests FILE...] > docs/upstream/NN-name/fix.edits
 
 Files that git does not know yet are to be announced with ``git add --intent-to-add``.
 """
@@ -54,8 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--base", default="HEAD")
+    parser.add_argument("--after", help="the fix that this one builds on; --base is then the checkout with that one applied")
     parser.add_argument("--tests", nargs="*", default=[])
     arguments = parser.parse_args()
+    if arguments.after:
+        print("after:", arguments.after)
     if arguments.tests:
         print("tests:", *arguments.tests)
     for line in git(arguments.checkout, "diff", "--name-status", arguments.base).splitlines():
