@@ -158,14 +158,14 @@ class QuantState:
         unknown = set(loose) - set(cls.valid_qs_keys)
         if unknown:
             raise AssertionError(f"not entries of a quantisation state: {sorted(unknown)}")
-        read = _Reader(loose)
+        read = _Reader(loose, device)
 
         offset = state2 = None
         if "nested_absmax" in loose:
             offset = torch.tensor(read.number("nested_offset"), dtype=torch.float32, device=device)
             state2 = cls(
-                absmax=read.table("nested_absmax", torch.float32).to(device),
-                code=read.table("nested_quant_map", torch.float32, size=256).to(device),
+                absmax=read.table("nested_absmax", torch.float32),
+                code=read.table("nested_quant_map", torch.float32, size=256),
                 blocksize=read.size("nested_blocksize"),
                 dtype=read.dtype("nested_dtype"),
             )
@@ -173,9 +173,9 @@ class QuantState:
         if quant_type is not None and quant_type not in cls.valid_quant_types:
             raise ValueError(f"quant_type must be one of {cls.valid_quant_types}, got {quant_type!r}")
         state = cls(
-            absmax=read.table("absmax", torch.uint8 if state2 else torch.float32).to(device),
+            absmax=read.table("absmax", torch.uint8 if state2 else torch.float32),
             shape=read.shape(),
-            code=read.table("quant_map", torch.float32, size=256 if quant_type is None else 16).to(device),
+            code=read.table("quant_map", torch.float32, size=256 if quant_type is None else 16),
             blocksize=read.size("blocksize"),
             quant_type=quant_type,
             dtype=read.dtype("dtype"),
@@ -218,10 +218,11 @@ def _unpacked(key: str, blob: torch.Tensor) -> dict[str, Any]:
 
 
 class _Reader:
-    """Takes entries out of a loose dict, each checked for type and range."""
+    """Takes entries out of a loose dict, each checked for type and range. Tensors come out on ``device``."""
 
-    def __init__(self, entries: dict[str, Any]):
+    def __init__(self, entries: dict[str, Any], device):
         self.entries = entries
+        self.device = device
 
     def _get(self, key: str):
         if key not in self.entries:
@@ -235,9 +236,11 @@ class _Reader:
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}")
         if value.is_floating_point() != dtype.is_floating_point or (not dtype.is_floating_point and value.dtype != dtype):
             raise ValueError(f"{key!r} must be {dtype}, got {value.dtype}")
+        if value.layout != torch.strided or (value.is_meta and str(self.device) != "meta"):
+            raise ValueError(f"{key!r} must be a dense tensor with data, got layout {value.layout} on {value.device}")
         if size is not None and value.numel() != size:
             raise ValueError(f"{key!r} must have {size} entries, got {value.numel()}")
-        return value.to(dtype)
+        return value.to(device=self.device, dtype=dtype)
 
     def size(self, key: str) -> int:
         value = self._get(key)

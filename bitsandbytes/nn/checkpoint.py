@@ -151,6 +151,8 @@ def read_4bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
     shape = layer._dense_shape
     if not isinstance(value, torch.Tensor):
         found.errors.append(f'"{key}" must be a tensor, got {type(value).__name__}')
+    elif not _can_be_read(value, value if assign else layer.weight):
+        found.errors.append(_unreadable(key, value))
     elif not statistics and value.is_floating_point() and tuple(value.shape) == shape:
         return _read_dense(layer, value, found, assign)
     elif statistics or _could_be_packed(value, prod(shape)):
@@ -163,6 +165,15 @@ def read_4bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
             f"{list(shape)} or one packed in 4 bit with its statistics"
         )
     return found
+
+
+def _can_be_read(value: torch.Tensor, destination: torch.Tensor) -> bool:
+    """Whether a tensor of a checkpoint has data, in an ordinary layout, for a destination that keeps any."""
+    return value.layout == torch.strided and (destination.is_meta or not value.is_meta)
+
+
+def _unreadable(key: str, value: torch.Tensor) -> str:
+    return f'"{key}" must be a dense tensor with data, got layout {value.layout} on device {value.device}'
 
 
 def _could_be_packed(value: torch.Tensor, count: int) -> bool:
@@ -242,6 +253,8 @@ def read_8bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
     shape = list(layer._dense_shape)
     if not isinstance(codes, torch.Tensor):
         found.errors.append(f'"{key}" must be a tensor, got {type(codes).__name__}')
+    elif not _can_be_read(codes, codes if assign else layer.weight):
+        found.errors.append(_unreadable(key, codes))
     elif scales is None and codes.is_floating_point() and list(codes.shape) == shape:
         return _read_dense(layer, codes, found, assign)
     elif scales is None and codes.dtype == torch.int8:
@@ -259,6 +272,8 @@ def read_8bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
     elif not isinstance(scales, torch.Tensor) or not scales.is_floating_point() or scales.numel() != shape[0]:
         seen = f"{scales.dtype} {list(scales.shape)}" if isinstance(scales, torch.Tensor) else type(scales).__name__
         found.errors.append(f'"{scales_key}" must hold {shape[0]} floating-point scales, one for each row of the weight, got {seen}')
+    elif not _can_be_read(scales, codes if assign else layer.weight):
+        found.errors.append(_unreadable(scales_key, scales))
     else:
         _read_codes(layer, key, codes, scales, found, assign)
     return found

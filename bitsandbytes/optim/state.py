@@ -118,13 +118,15 @@ class CheckpointedState:
                 those of torch.optim are converted in any case.
 
         Raises:
-            ValueError: the groups differ in number or in size from those of this optimizer, or a state does not fit its parameter.
+            ValueError: the dict has not the form of an optimizer's state, the groups differ in number or in size from those of this optimizer, or
+                a state does not fit its parameter.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
 
+        _require_form(state_dict)
         saved_groups = state_dict["param_groups"]
         if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError(
@@ -170,6 +172,8 @@ class CheckpointedState:
             state[key] = _placed(value, p, own, move_to_device)
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = int(state["step"].item())
+        if state and not isinstance(state.get("step"), int):
+            raise ValueError(f'the state of a parameter must count its steps in "step", got {state.get("step")!r}')
         self._join_rows(state)
         for moment in self._moments_in(state):
             self._fit(state, moment, local(p))
@@ -205,9 +209,12 @@ class CheckpointedState:
         """Checks one moment against its parameter, and brings its statistics into the form that the operator takes.
 
         Raises:
-            ValueError: it has another size than the parameter, or 8 bits and no statistics.
+            ValueError: it is no tensor, has another size than the parameter, or 8 bits and no statistics.
         """
         key, absmax, qmap = moment.keys
+        for name in moment.keys:
+            if name in state and not isinstance(state[name], torch.Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(state[name]).__name__}")
         shape = part.shape if moment.rows == 1 else (moment.rows, *part.shape)
         if state[key].numel() != torch.Size(shape).numel():
             raise ValueError(f"{key} has shape {tuple(state[key].shape)}, the parameter {tuple(part.shape)}: the checkpoint is of another model")
@@ -241,6 +248,21 @@ class CheckpointedState:
                 state[key], state[absmax] = quantised(state[key], state[qmap])
             else:
                 state[key], state[absmax] = (torch.stack(parts) for parts in zip(*(quantised(row, state[qmap]) for row in state[key])))
+
+
+def _require_form(state_dict: dict[str, Any]) -> None:
+    """Raises ValueError where a dict has not the form that every optimizer writes: a dict of dicts, and a list of groups."""
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) and isinstance(group.get("params"), (list, tuple)) for group in groups):
+        raise ValueError(f'"param_groups" must be a list of dictionaries, each with a list "params"; got {_type_names(groups)}')
+    keys = [key for group in groups for key in group["params"]]
+    if not isinstance(state, dict) or not all(isinstance(state.get(key, {}), dict) for key in keys):
+        raise ValueError(f'"state" must be a dictionary with one dictionary for each parameter; got {_type_names(state)}')
+
+
+def _type_names(value) -> str:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return f"{type(value).__name__} of {sorted({type(item).__name__ for item in inner})}"
 
 
 def _float32(state: dict[str, Any], moment: Moment) -> torch.Tensor:
