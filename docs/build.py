@@ -10,8 +10,8 @@ The pages are written for hf-doc-builder, which makes the published site: plain 
 from __future__ import annotations
 
 import argparse
+import functools
 import html
-import importlib
 import inspect
 import re
 import shutil
@@ -22,6 +22,8 @@ from typing import Any
 import markdown
 import yaml
 from pygments.formatters import HtmlFormatter
+
+import bitsandbytes
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "source"
@@ -84,21 +86,12 @@ class Docstring:
 
 
 def resolve(name: str) -> Any:
-    """The object of a dotted name such as ``bitsandbytes.nn.Linear4bit.forward``.
+    """The object of a dotted name such as ``bitsandbytes.nn.Linear4bit.forward``, found as hf-doc-builder finds it.
 
     Raises:
         AttributeError: there is none.
     """
-    parts = name.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[cut:]:
-            found = getattr(found, part)
-        return found
-    raise AttributeError(f"no module begins the name {name!r}")
+    return functools.reduce(getattr, name.split(".")[1:], bitsandbytes)
 
 
 def signature_of(found: Any) -> str:
