@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import json
 import os
 from pathlib import Path
 import re
@@ -284,6 +285,19 @@ def test_anchors_of_the_html_are_those_that_links_use(site):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ figures
+
+
+def test_times_in_the_readme_are_those_of_the_recorded_run():
+    run = json.loads((ROOT / "benchmarking" / "results" / "cpu-zen5-2-cores.json").read_text())
+    recorded = [1000 * case[key] for case in run["cases"] for key in ("seconds", "published_seconds") if case.get(key)]
+    claimed = re.findall(r"\| ([\d.]+) ms", (ROOT / "README.md").read_text())
+    assert len(claimed) > 30
+    assert [time for time in claimed if not any(_rounds_to(measured, time) for measured in recorded)] == []
+
+
+def _rounds_to(value: float, text: str) -> bool:
+    digits = len(text.replace(".", "").lstrip("0"))
+    return float(f"{value:.{digits}g}") == float(text)
 
 
 def test_figures_are_those_of_the_recorded_numbers():
