@@ -48,15 +48,7 @@ template <typename T, int count> struct alignas(sizeof(T) * count) Vector {
 // Elements of T in 16 bytes, the most that one instruction moves.
 template <typename T> constexpr int kPerVector = 16 / int(sizeof(T));
 
-template <int count, typename T> __device__ __forceinline__ Vector<T, count> load_vector(const T* p) {
-    return *reinterpret_cast<const Vector<T, count>*>(p);
-}
-
-template <typename T, int count> __device__ __forceinline__ void store_vector(T* p, const Vector<T, count>& values) {
-    *reinterpret_cast<Vector<T, count>*>(p) = values;
-}
-
-// The words that caches are told about.
+// What one instruction moves.
 template <int bytes> struct WordOfSize;
 template <> struct WordOfSize<1> {
     using Type = unsigned char;
@@ -73,6 +65,18 @@ template <> struct WordOfSize<8> {
 template <> struct WordOfSize<16> {
     using Type = uint4;
 };
+
+template <int count, typename T> __device__ __forceinline__ Vector<T, count> load_vector(const T* p) {
+    return *reinterpret_cast<const Vector<T, count>*>(p);
+}
+
+// By an instruction of its own: compilers take the assignment of a vector apart.
+template <typename T, int count> __device__ __forceinline__ void store_vector(T* p, const Vector<T, count>& values) {
+    using Word = typename WordOfSize<sizeof values>::Type;
+    Word word;
+    memcpy(&word, &values, sizeof word);
+    __stcg(reinterpret_cast<Word*>(p), word);
+}
 
 template <typename T> __device__ __forceinline__ T load_once(const T* p) {
     using Word = typename WordOfSize<sizeof(T)>::Type;

@@ -37,6 +37,8 @@ struct CodeTraits {
 // The tables of one map in shared memory, one behind the other.
 struct CodeTable {
     float* values;    // `copies` of each
+    const unsigned char* own_values; // of the lane, `stride` bytes apart
+    uint32_t stride;
     float* midpoints; // 255, and infinity
     CodeTraits* traits;
     uint32_t* cells;  // of cell 0
@@ -47,6 +49,8 @@ struct CodeTable {
 
     __device__ __forceinline__ CodeTable(const CodeTables& tables, int number) {
         values = reinterpret_cast<float*>(dynamic_shared_memory()) + number * words(tables);
+        own_values = reinterpret_cast<const unsigned char*>(values + (lane_index() & (tables.copies - 1)));
+        stride = uint32_t(tables.copies) * sizeof(float);
         midpoints = values + kCodes * tables.copies;
         traits = reinterpret_cast<CodeTraits*>(midpoints + kCodes);
         cells = reinterpret_cast<uint32_t*>(traits + 1) - kFirstCell;
@@ -111,9 +115,8 @@ __device__ inline void build_tables(const CodeTables& tables) {
 }
 
 // The value of byte `i` of `word`.
-__device__ __forceinline__ float decode(const CodeTables& tables, const CodeTable& table, uint32_t word, int i) {
-    const int code = int(word >> 8 * i & 0xffu);
-    return table.values[code * tables.copies + (lane_index() & (tables.copies - 1))];
+__device__ __forceinline__ float decode(const CodeTable& table, uint32_t word, int i) {
+    return *reinterpret_cast<const float*>(table.own_values + __byte_perm(word, 0, 0x4440u + unsigned(i)) * table.stride);
 }
 
 // The code of x in byte 2; only with cells.

@@ -81,94 +81,108 @@ struct Place {
     __device__ __forceinline__ bool has(int i) const { return is_whole || index(i) < count; }
 };
 
-template <typename T> __device__ __forceinline__ Vector<T, 4> read_run(const T* tensor, const Place& place, int run) {
-    const T* block = tensor + place.begin;
+// Four elements of `size` bytes in `size` words, as they lie in memory. They stay packed until all loads of a block are under way.
+template <int size> using Run = Vector<uint32_t, size>;
+
+template <int size> __device__ __forceinline__ Run<size> read_run(const void* tensor, const Place& place, int run) {
+    using Element = typename WordOfSize<size>::Type;
+    const Element* four = static_cast<const Element*>(tensor) + place.begin + place.index(4 * run);
     if (place.is_whole)
-        return load_vector<4>(block + place.index(4 * run));
-    Vector<T, 4> some{};
+        return load_vector<size>(reinterpret_cast<const uint32_t*>(four));
+    Run<size> words{};
+#pragma unroll
     for (int i = 0; i < 4; ++i)
         if (place.has(4 * run + i))
-            some.value[i] = block[place.index(4 * run + i)];
-    return some;
+            words.value[i * size / 4] |= uint32_t(four[i]) << 8 * size * i % 32;
+    return words;
 }
 
-template <typename T> __device__ __forceinline__ void write_run(T* tensor, const Place& place, int run, const Vector<T, 4>& values) {
-    T* block = tensor + place.begin;
+template <int size> __device__ __forceinline__ void write_run(void* tensor, const Place& place, int run, const Run<size>& words) {
+    using Element = typename WordOfSize<size>::Type;
+    Element* four = static_cast<Element*>(tensor) + place.begin + place.index(4 * run);
     if (place.is_whole)
-        return store_vector(block + place.index(4 * run), values);
+        return store_vector(reinterpret_cast<uint32_t*>(four), words);
+#pragma unroll
     for (int i = 0; i < 4; ++i)
         if (place.has(4 * run + i))
-            block[place.index(4 * run + i)] = values.value[i];
+            four[i] = Element(words.value[i * size / 4] >> 8 * size * i % 32);
 }
 
-template <typename T> struct WordsOf {
-    uint32_t word[sizeof(T)];
-};
-
-// Elements of any type as they lie in memory, so that all loads of a block are under way before the first result is looked at.
+// A lane's part of a block, of any element type.
 struct RawBlock {
     uint32_t word[kPerLane]; // of 16 bits: two elements in each, in the first half
 
-    template <typename T> __device__ __forceinline__ void read_as(const T* tensor, const Place& place) {
+    template <int size> __device__ __forceinline__ void read_runs(const void* tensor, const Place& place) {
 #pragma unroll
         for (int run = 0; run < kRuns; ++run) {
-            const Vector<T, 4> values = read_run(tensor, place, run);
-            memcpy(word + run * sizeof(T), &values, sizeof values);
+            const Run<size> words = read_run<size>(tensor, place, run);
+#pragma unroll
+            for (int i = 0; i < size; ++i)
+                word[run * size + i] = words.value[i];
         }
     }
 
     __device__ __forceinline__ void read(const void* tensor, DType dtype, const Place& place) {
         if (dtype == kFloat32)
-            read_as(static_cast<const float*>(tensor), place);
+            read_runs<4>(tensor, place);
         else
-            read_as(static_cast<const uint16_t*>(tensor), place);
+            read_runs<2>(tensor, place);
+    }
+
+    template <typename T> __device__ __forceinline__ void widen_halves(float (&x)[kPerLane]) const {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i)
+            x[i] = widen(T{uint16_t(word[i / 2] >> 16 * (i % 2))});
     }
 
     __device__ __forceinline__ void widen_to(float (&x)[kPerLane], DType dtype) const {
-        if (dtype == kFloat32) {
+        if (dtype == kBFloat16)
+            return widen_halves<BFloat16>(x);
+        if (dtype == kFloat16)
+            return widen_halves<Half>(x);
 #pragma unroll
-            for (int i = 0; i < kPerLane; ++i)
-                x[i] = float_from_bits(word[i]);
-        } else if (dtype == kBFloat16) {
-#pragma unroll
-            for (int i = 0; i < kPerLane; ++i)
-                x[i] = widen(BFloat16{uint16_t(word[i / 2] >> 16 * (i % 2))});
-        } else {
-#pragma unroll
-            for (int i = 0; i < kPerLane; ++i)
-                x[i] = widen(Half{uint16_t(word[i / 2] >> 16 * (i % 2))});
-        }
+        for (int i = 0; i < kPerLane; ++i)
+            x[i] = float_from_bits(word[i]);
     }
 };
 
-template <typename T>
-__device__ __forceinline__ void write_parameter_as(T* p, const Place& place, const float (&x)[kPerLane], const StepArgs& args, uint32_t seed) {
-    float rounded[kPerLane];
+__device__ __forceinline__ void write_floats(void* tensor, const Place& place, const float (&x)[kPerLane]) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-        rounded[i] = x[i];
+    for (int run = 0; run < kRuns; ++run)
+        write_run<4>(tensor, place, run, Run<4>{{float_bits(x[4 * run]), float_bits(x[4 * run + 1]), float_bits(x[4 * run + 2]), float_bits(x[4 * run + 3])}});
+}
+
+template <typename T>
+__device__ __forceinline__ void write_halves(void* tensor, const Place& place, float (&x)[kPerLane], const StepArgs& args, uint32_t seed) {
     if (args.rounds_randomly) {
         const RandomBits random(seed, args.step);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i)
-            rounded[i] = round_finite_randomly(static_cast<T*>(nullptr), x[i], random.of(place.begin + place.index(i)));
+            x[i] = round_finite_randomly(static_cast<T*>(nullptr), x[i], random.of(place.begin + place.index(i)));
     }
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-        Vector<T, 4> values;
-        for (int i = 0; i < 4; ++i)
-            values.value[i] = narrow<T>(rounded[4 * run + i]);
-        write_run(p, place, run, values);
-    }
+    for (int run = 0; run < kRuns; ++run)
+        write_run<2>(tensor, place, run, Run<2>{{narrow_pair<T>(x[4 * run], x[4 * run + 1]), narrow_pair<T>(x[4 * run + 2], x[4 * run + 3])}});
 }
 
-__device__ __forceinline__ void write_parameter(void* p, const Place& place, const float (&x)[kPerLane], const StepArgs& args, uint32_t seed) {
-    if (args.dtype == kFloat32)
-        write_parameter_as(static_cast<float*>(p), place, x, args, seed);
-    else if (args.dtype == kBFloat16)
-        write_parameter_as(static_cast<BFloat16*>(p), place, x, args, seed);
+__device__ __forceinline__ void write_parameter(void* p, const Place& place, float (&x)[kPerLane], const StepArgs& args, uint32_t seed) {
+    if (args.dtype == kBFloat16)
+        write_halves<BFloat16>(p, place, x, args, seed);
+    else if (args.dtype == kFloat16)
+        write_halves<Half>(p, place, x, args, seed);
     else
-        write_parameter_as(static_cast<Half*>(p), place, x, args, seed);
+        write_floats(p, place, x);
+}
+
+// Elements behind the end of the tensor count as zeros.
+template <int kMoments> __device__ __forceinline__ void clear_rest(const Place& place, float (&m)[kPerLane][kMoments]) {
+    if (place.is_whole)
+        return;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+#pragma unroll
+        for (int k = 0; k < kMoments; ++k)
+            m[i][k] = place.has(i) ? m[i][k] : 0.0f;
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------- moments
@@ -176,14 +190,14 @@ __device__ __forceinline__ void write_parameter(void* p, const Place& place, con
 template <int kMoments, bool in_8bit> struct BlockOfMoments;
 
 template <int kMoments> struct BlockOfMoments<kMoments, false> {
-    Vector<float, 4> raw[kMoments][kRuns];
+    Run<4> raw[kMoments][kRuns];
 
     __device__ __forceinline__ void read(const States<kMoments, false>& states, const Place& place) {
 #pragma unroll
         for (int k = 0; k < kMoments; ++k)
 #pragma unroll
             for (int run = 0; run < kRuns; ++run)
-                raw[k][run] = read_run(states.moments[k], place, run);
+                raw[k][run] = read_run<4>(states.moments[k], place, run);
     }
 
     __device__ __forceinline__ void widen_to(float (&m)[kPerLane][kMoments], const CodeTables&, const Place&) const {
@@ -191,21 +205,24 @@ template <int kMoments> struct BlockOfMoments<kMoments, false> {
         for (int i = 0; i < kPerLane; ++i)
 #pragma unroll
             for (int k = 0; k < kMoments; ++k)
-                m[i][k] = raw[k][i / 4].value[i % 4];
+                m[i][k] = float_from_bits(raw[k][i / 4].value[i % 4]);
     }
 
     __device__ __forceinline__ static void write(const States<kMoments, false>& states, const CodeTables&, const Place& place,
                                                  float (&m)[kPerLane][kMoments]) {
 #pragma unroll
-        for (int k = 0; k < kMoments; ++k)
+        for (int k = 0; k < kMoments; ++k) {
+            float x[kPerLane];
 #pragma unroll
-            for (int run = 0; run < kRuns; ++run)
-                write_run(states.moments[k], place, run, Vector<float, 4>{{m[4 * run][k], m[4 * run + 1][k], m[4 * run + 2][k], m[4 * run + 3][k]}});
+            for (int i = 0; i < kPerLane; ++i)
+                x[i] = m[i][k];
+            write_floats(states.moments[k], place, x);
+        }
     }
 };
 
 template <int kMoments> struct BlockOfMoments<kMoments, true> {
-    uint32_t raw[kMoments][kRuns];
+    Run<1> raw[kMoments][kRuns];
     float absmax[kMoments];
 
     __device__ __forceinline__ void read(const States<kMoments, true>& states, const Place& place) {
@@ -213,10 +230,8 @@ template <int kMoments> struct BlockOfMoments<kMoments, true> {
         for (int k = 0; k < kMoments; ++k) {
             absmax[k] = states.absmax[k][place.begin / kBlock];
 #pragma unroll
-            for (int run = 0; run < kRuns; ++run) {
-                const Vector<uint8_t, 4> codes = read_run(states.moments[k], place, run);
-                memcpy(&raw[k][run], &codes, sizeof codes);
-            }
+            for (int run = 0; run < kRuns; ++run)
+                raw[k][run] = read_run<1>(states.moments[k], place, run);
         }
     }
 
@@ -226,8 +241,9 @@ template <int kMoments> struct BlockOfMoments<kMoments, true> {
             const CodeTable table(tables, tables.of_moment[k]);
 #pragma unroll
             for (int i = 0; i < kPerLane; ++i)
-                m[i][k] = place.has(i) ? decode(tables, table, raw[k][i / 4], i % 4) * absmax[k] : 0.0f;
+                m[i][k] = decode(table, raw[k][i / 4].value[0], i % 4) * absmax[k];
         }
+        clear_rest(place, m);
     }
 
     // The bits of the largest magnitude of each moment. Returns whether all are finite.
@@ -277,9 +293,7 @@ template <int kMoments> struct BlockOfMoments<kMoments, true> {
                 const auto value = [&](int i) { return m[4 * run + i][k]; };
                 const uint32_t word = traits.has_cells ? encode_four([&](int i) { return encode_by_cell(table, value(i), inverse); })
                                                        : encode_four([&](int i) { return encode_by_search(table, traits.negatives, value(i), inverse); });
-                Vector<uint8_t, 4> codes;
-                memcpy(&codes, &word, sizeof codes);
-                write_run(states.moments[k], place, run, codes);
+                write_run<1>(states.moments[k], place, run, Run<1>{{word}});
             }
             if (lane_index() == 0)
                 states.absmax[k][place.begin / kBlock] = absmax;
@@ -288,11 +302,11 @@ template <int kMoments> struct BlockOfMoments<kMoments, true> {
 };
 
 // ------------------------------------------------------------------------------------------------------------------------------ a block
-// Leaves elements alone whose gradient is zero. Returns whether there is anything to write.
-template <typename Algorithm>
-__device__ __forceinline__ bool step_elements(const Movement<Algorithm>& movement, bool skips_zeros, float scale, const float (&g)[kPerLane],
-                                              float (&p)[kPerLane], float (&m)[kPerLane][Algorithm::kMoments]) {
-    bool any = !skips_zeros;
+// Returns whether there is anything to write: skipping zeros leaves elements alone whose gradient is zero.
+template <bool skips_zeros, typename Algorithm>
+__device__ __forceinline__ bool step_elements(const Movement<Algorithm>& movement, float scale, const float (&g)[kPerLane], float (&p)[kPerLane],
+                                              float (&m)[kPerLane][Algorithm::kMoments]) {
+    bool any = false;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
         float moments[Algorithm::kMoments];
@@ -307,7 +321,7 @@ __device__ __forceinline__ bool step_elements(const Movement<Algorithm>& movemen
         for (int k = 0; k < Algorithm::kMoments; ++k)
             m[i][k] = is_touched ? moments[k] : m[i][k];
     }
-    return __any_sync(kWholeWarp, any);
+    return !skips_zeros || __any_sync(kWholeWarp, any);
 }
 
 template <typename Algorithm>
@@ -322,17 +336,6 @@ __device__ __forceinline__ void add_squares(const Movement<Algorithm>& movement,
         if (!skips_zeros || g[i] != 0.0f)
             sum.update += update * update;
     }
-}
-
-// Elements behind the end of the tensor, which were computed from zeros, must not count as moments.
-template <int kMoments> __device__ __forceinline__ void clear_rest(const Place& place, float (&m)[kPerLane][kMoments]) {
-    if (place.is_whole)
-        return;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-#pragma unroll
-        for (int k = 0; k < kMoments; ++k)
-            m[i][k] = place.has(i) ? m[i][k] : 0.0f;
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------ kernels
@@ -359,7 +362,7 @@ template <int kMoments, bool in_8bit> __device__ __forceinline__ bool can_move_f
     return can;
 }
 
-template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 1024 : kMoments == 2 ? 896 : 768;
+template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 1024 : kMoments == 2 ? 896 : 640;
 template <bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : 3;
 
 template <typename Algorithm, bool in_8bit, bool measures>
@@ -394,10 +397,12 @@ __global__ void __launch_bounds__((kThreads<Algorithm::kMoments, in_8bit>), (kBl
             if constexpr (measures) {
                 add_squares(movement, args.scalars.skips_zeros, place, g, p, m, sum);
             } else {
-                if (!step_elements(movement, args.scalars.skips_zeros, scale, g, p, m))
+                if (!args.scalars.skips_zeros)
+                    step_elements<false>(movement, scale, g, p, m);
+                else if (!step_elements<true>(movement, scale, g, p, m))
                     continue;
                 write_parameter(entry.p, place, p, args, entry.seed);
-                clear_rest(place, m);
+                clear_rest(place, m); // what was computed from zeros must not count as a moment
                 BlockOfMoments<kMoments, in_8bit>::write(entry.states, args.codes, place, m);
             }
         }
