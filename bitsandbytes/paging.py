@@ -6,6 +6,7 @@ Optimizer states live in it, so that a spike of activation memory pushes them ou
 """
 
 from collections.abc import Iterator
+import contextlib
 import ctypes as ct
 from math import prod
 from typing import Optional
@@ -77,15 +78,22 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     if count <= 0:
         raise ValueError(f"a paged tensor needs at least one element, got shape {shape}")
     nbytes = count * dtype.itemsize
-    address = lib.cget_managed_ptr(ct.c_size_t(nbytes))
+    index = 0 if device.index is None else device.index
+    with _device_is_current(index):
+        address = lib.cget_managed_ptr(ct.c_size_t(nbytes))
     if not address:
         raise RuntimeError(f"could not allocate {nbytes} bytes of managed memory. Use an optimizer that is not paged, or a smaller model.")
     memory = (ct.c_uint8 * nbytes).from_address(address)
-    weakref.finalize(memory, lib.cfree_managed_ptr, ct.c_void_p(address)).atexit = False  # torch keeps it as long as the storage lives
+    weakref.finalize(memory, lib.bnb_cuda_free_managed, ct.c_void_p(address)).atexit = False  # torch keeps it as long as the storage lives
     tensor = torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
     tensor.is_paged = True
-    tensor.page_deviceid = 0 if device.index is None else device.index
+    tensor.page_deviceid = index
     return tensor
+
+
+def _device_is_current(index: int):
+    """A context in which native functions that are not told a device work on this one. Costs nothing where there is only one."""
+    return torch.cuda.device(index) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
 
 
 def paged_rows(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -138,11 +146,15 @@ def elementwise_func(func_name: str, A: Tensor, B: Optional[Tensor], value: floa
         for tensor in paged:
             prefetch_tensor(tensor)
 
-    lib[f"c{func_name}_{suffix}"](get_ptr(A), get_ptr(B), c_type(value), ct.c_int64(A.numel()))
-
-    if paged:
-        # The host may read a paged tensor at once, and nothing orders that after the kernel.
-        torch.cuda.synchronize(paged[0].page_deviceid)
+    function = lib[f"c{func_name}_{suffix}"]
+    arguments = get_ptr(A), get_ptr(B), c_type(value), ct.c_int64(A.numel())
+    if not paged:
+        function(*arguments)
+        return
+    index = paged[0].page_deviceid
+    with _device_is_current(index):
+        function(*arguments)
+    torch.cuda.synchronize(index)  # the host may read a paged tensor at once, and nothing orders that after the kernel
 
 
 def fill(A: Tensor, value: float, device: Optional[torch.device] = None, prefetch: bool = True) -> None:

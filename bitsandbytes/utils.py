@@ -39,4 +39,4 @@ def execute_and_return(command_string: str) -> tuple[str, str]:
 def sync_gpu(t: torch.Tensor) -> None:
     """Waits for the device of ``t`` if it is a CUDA or XPU device."""
     if t.device.type in ("cuda", "xpu"):
-        getattr(torch, t.device.type).synchronize()
+        getattr(torch, t.device.type).synchronize(t.device)

@@ -12,9 +12,11 @@ from optimizer_cases import EXTREMES, FLOATS, SCALARS, SIGNED, UNSIGNED, Case, a
 import pytest
 import torch
 
+from bitsandbytes import paging
 from bitsandbytes.backends.cuda import optimizers as native
 from bitsandbytes.backends.default import optimizers as reference
 from bitsandbytes.backends.native_optimizers import NativeSettings, NativeTensors
+from bitsandbytes.cextension import CudaBNBNativeLibrary
 
 TAILS = [0, 1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 0]
 bits = pytest.mark.parametrize("bits", [32, 8])
@@ -438,6 +440,27 @@ def test_published_c_functions_do_nothing_without_elements(cuda_once):
             call.n, tensors = n, call.tensors()
             call.c_function(cuda_once, name, *tensors)
             assert torch.equal(tensors[0], call.p)
+
+
+def test_paged_tensors(cuda_once, monkeypatch):
+    """Of the package, with the functions of this library."""
+    monkeypatch.setattr(paging, "lib", CudaBNBNativeLibrary(cuda_once._lib))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    case = make_case("adam", {}, [5000], 8)
+    expected = case.stepped_by(reference.optimizer_step)
+    for i, moment in enumerate(case.moments):
+        case.moments[i] = paging.get_paged(5000, dtype=torch.uint8)
+        paging.fill(case.moments[i], 0xA5)
+        assert (case.moments[i] == 0xA5).all()
+        case.moments[i].copy_(moment)
+        paging.prefetch_tensor(case.moments[i])
+    native.optimizer_step(case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm, **case.settings)
+    assert_same(case, expected)
+    a, b = (paging.get_paged(3, 1000) for _ in range(2))
+    paging.fill(a, 3.0)
+    paging.fill(b, 0.5)
+    paging._mul(a, b)
+    assert (a == 1.5).all()
 
 
 def test_published_functions_on_managed_memory(cuda_once):

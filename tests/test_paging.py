@@ -1,5 +1,6 @@
 """Paged memory and what native calls need to know of a tensor, with a library made of host memory in place of a GPU's."""
 
+import contextlib
 import ctypes
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from bitsandbytes import functional as F
 
 
 class HostLibrary(dict):
-    """The four functions of a GPU build, on host memory; records the calls of ``cprefetch``."""
+    """The functions of a GPU build, on host memory; records the calls of ``cprefetch``."""
 
     def __init__(self):
         super().__init__(cfill_fp32=self.fill(ctypes.c_float), cfill_uint8=self.fill(ctypes.c_uint8), c_mul_fp32=self.mul)
@@ -21,7 +22,7 @@ class HostLibrary(dict):
         self.buffers.append(ctypes.create_string_buffer(size.value))
         return ctypes.addressof(self.buffers[-1])
 
-    def cfree_managed_ptr(self, address):
+    def bnb_cuda_free_managed(self, address):
         self.freed.append(address.value)
 
     def cprefetch(self, address, size, device):
@@ -58,6 +59,25 @@ def test_paged_tensor_is_a_cpu_tensor_over_managed_memory(library, dtype):
     F.fill(tensor, 7)
     assert (tensor == 7).all()
     assert library.prefetched == [(tensor.data_ptr(), tensor.nbytes, 1)]
+
+
+def test_native_functions_work_on_the_device_of_the_tensor(library, monkeypatch):
+    """One GPU of several is current for torch; a paged tensor may belong to another."""
+    current = []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.append("before")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: current.append(f"waited for {index}"))
+    tensor = F.get_paged(4, device=torch.device("cuda", 1))
+    F.fill(tensor, 3.0)
+    assert tensor.tolist() == [3.0] * 4
+    assert current == [1, "before", 1, "before", "waited for 1"]
 
 
 def test_memory_is_given_back_with_the_last_tensor_over_it(library):

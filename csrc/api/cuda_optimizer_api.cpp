@@ -52,16 +52,4 @@ int32_t bnb_cuda_optimizer_step(const OptimizerTensors* tensors, const Optimizer
     return on_device(device, settings->qmaps[0] != nullptr ? launch_optimizer_step_8bit : launch_optimizer_step_32bit, job, stream);
 }
 
-void* bnb_cuda_allocate_managed(int64_t bytes, int32_t device) {
-    const DeviceGuard guard(device);
-    return guard.status() == kOk && bytes > 0 ? allocate_managed(size_t(bytes)) : nullptr;
-}
-
 int32_t bnb_cuda_free_managed(void* p) { return free_managed(p); }
-
-int32_t bnb_cuda_prefetch(void* p, int64_t bytes, int32_t to_host, int32_t device, void* stream) {
-    if (p == nullptr || bytes < 0)
-        return kBadArgument;
-    const DeviceGuard guard(device);
-    return guard.status() == kOk ? prefetch_managed(p, size_t(bytes), to_host ? -1 : device, stream) : guard.status();
-}

@@ -13,9 +13,5 @@ BNB_API int32_t bnb_cuda_optimizer_step(const bnb::OptimizerTensors* tensors, co
                                         int64_t workspace_bytes, int32_t device, void* stream);
 BNB_API int64_t bnb_cuda_optimizer_workspace(const bnb::OptimizerTensors* tensors);
 
-// Memory that pages between the host and the devices. Null: there is none left. It must be given back when no device works on it any more.
-BNB_API void* bnb_cuda_allocate_managed(int64_t bytes, int32_t device);
+// Gives back what cget_managed_ptr returned.
 BNB_API int32_t bnb_cuda_free_managed(void* p);
-
-// Starts moving managed memory to the device, or from there to the host.
-BNB_API int32_t bnb_cuda_prefetch(void* p, int64_t bytes, int32_t to_host, int32_t device, void* stream);

@@ -135,10 +135,22 @@ BNB_API void* cget_managed_ptr(size_t bytes) { return allocate_managed(bytes); }
 
 BNB_API void cprefetch(void* p, size_t bytes, int32_t device) { prefetch_managed(p, bytes, device, nullptr); }
 
-BNB_API void cfill_fp32(float* a, float*, float value, int64_t n) { launch_elementwise(Elementwise::kFill, a, nullptr, value, n, nullptr); }
+BNB_API void cfill_fp32(float* a, float*, float value, int64_t n) {
+    if (a != nullptr && n > 0)
+        launch_elementwise(Elementwise::kFill, a, nullptr, value, n, nullptr);
+}
 
-BNB_API void cfill_uint8(uint8_t* a, uint8_t*, uint8_t value, int64_t n) { launch_fill_bytes(a, value, n, nullptr); }
+BNB_API void cfill_uint8(uint8_t* a, uint8_t*, uint8_t value, int64_t n) {
+    if (a != nullptr && n > 0)
+        launch_fill_bytes(a, value, n, nullptr);
+}
 
-BNB_API void carange_fp32(float* a, float*, float, int64_t n) { launch_elementwise(Elementwise::kCount, a, nullptr, 0.0f, n, nullptr); }
+BNB_API void carange_fp32(float* a, float*, float, int64_t n) {
+    if (a != nullptr && n > 0)
+        launch_elementwise(Elementwise::kCount, a, nullptr, 0.0f, n, nullptr);
+}
 
-BNB_API void c_mul_fp32(float* a, float* b, float, int64_t n) { launch_elementwise(Elementwise::kMultiply, a, b, 0.0f, n, nullptr); }
+BNB_API void c_mul_fp32(float* a, float* b, float, int64_t n) {
+    if (a != nullptr && b != nullptr && n > 0)
+        launch_elementwise(Elementwise::kMultiply, a, b, 0.0f, n, nullptr);
+}

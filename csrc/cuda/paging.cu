@@ -38,7 +38,7 @@ dim3 grid_for(int64_t n) {
 }
 
 template <typename Operation> int32_t launch_operation(float* a, const float* b, int64_t n, const Operation& operation, Stream stream) {
-    return n == 0 ? int32_t(kOk) : launch(elementwise_kernel<Operation>, grid_for(n), dim3(kThreads), 0, stream, a, b, n, operation);
+    return launch(elementwise_kernel<Operation>, grid_for(n), dim3(kThreads), 0, stream, a, b, n, operation);
 }
 
 } // namespace
@@ -56,7 +56,7 @@ int32_t launch_elementwise(Elementwise operation, float* a, const float* b, floa
 }
 
 int32_t launch_fill_bytes(uint8_t* a, uint8_t value, int64_t n, Stream stream) {
-    return n == 0 ? int32_t(kOk) : launch(fill_bytes_kernel, grid_for(n), dim3(kThreads), 0, stream, a, value, n);
+    return launch(fill_bytes_kernel, grid_for(n), dim3(kThreads), 0, stream, a, value, n);
 }
 
 #if defined(BNB_CUDA_EMULATION)
