@@ -11,13 +11,13 @@ its quantiles in a fixed order, so that every machine has the same.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+import re
 
 import torch
 
-import bitsandbytes.functional as F
 from bitsandbytes import codebooks
+import bitsandbytes.functional as F
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "quantisation-error.json"

@@ -10,30 +10,31 @@ The pages are written for hf-doc-builder, which makes the published site: plain 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 import functools
 import html
 import inspect
+from pathlib import Path
 import re
 import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import markdown
-import yaml
 from pygments.formatters import HtmlFormatter
+import yaml
 
 import bitsandbytes
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "source"
 EXTENSIONS = ["fenced_code", "tables", "sane_lists", "toc", "codehilite", "md_in_html"]
-EXTENSION_CONFIGS = {"codehilite": {"guess_lang": False}, "toc": {"toc_depth": "2-3"}}
+EXTENSION_CONFIGS = {"codehilite": {"guess_lang": False}}
 
 COMMENT = re.compile(r"<!--.*?-->\s*", re.DOTALL)
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 AUTODOC = re.compile(r"^\[\[autodoc\]\] *(\S+)\n((?: +- .*\n?)*)", re.MULTILINE)
 CALLOUT = re.compile(r"^> \[!(TIP|NOTE|WARNING)\]\n((?:>.*\n?)*)", re.MULTILINE)
+LANDMARK = re.compile(r'<(h[23]) id="([^"]+)">(.*?)</h[23]>|<div class="(object)" id="([^"]+)">')
 LINK = re.compile(r'href="(\.{1,2}/[^"#]*|#)?(#[^"]*)?"')
 
 
@@ -123,7 +124,8 @@ def document(name: str, lines: str, kind: str = "function") -> str:
     head = f'<span class="kind">{kind}</span> <b>{html.escape(short)}</b>{html.escape(signature_of(found))}'
     body = render_docstring(Docstring.parse(docstring))
     inner = "".join(document(f"{name}.{member}", "", "method") for member in members_of(lines))
-    return f'<div class="object" id="{html.escape(name)}"><div class="signature">{head}</div><div class="docstring">{body}{inner}</div></div>'
+    place = "member" if kind == "method" or isinstance(found, property) else "object"
+    return f'<div class="{place}" id="{html.escape(name)}"><div class="signature">{head}</div><div class="docstring">{body}{inner}</div></div>'
 
 
 def render_docstring(docstring: Docstring) -> str:
@@ -203,11 +205,20 @@ def prepare(text: str) -> tuple[str, dict[str, str]]:
 def render(page: Page) -> tuple[str, str]:
     """The body of a page and its own table of contents, both HTML."""
     text, inserted = prepare(page.source.read_text())
-    converter = markdown.Markdown(extensions=EXTENSIONS, extension_configs=EXTENSION_CONFIGS)
-    body = converter.convert(text)
+    body = to_html(text)
     for placeholder, rendered in inserted.items():
         body = body.replace(placeholder, rendered)
-    return with_html_links(body), converter.toc
+    return with_html_links(body), contents_of(body)
+
+
+def contents_of(body: str) -> str:
+    """Links to the headings and the documented objects of a page."""
+    links = []
+    for level, heading, title, is_object, name in LANDMARK.findall(body):
+        text = name.removeprefix("bitsandbytes.").rpartition(".")[2] if is_object else re.sub(r"<.*?>", "", title)
+        mark = "" if level == "h2" else ' class="below"'
+        links.append(f'<a{mark} href="#{heading or name}">{text}</a>')
+    return "".join(links)
 
 
 def with_html_links(body: str) -> str:
