@@ -12,7 +12,7 @@ from bitsandbytes.backends.triton import products
 from bitsandbytes.packing import to_cpu_layout
 from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid
 
-SHAPES = [(1, 1), (5, 7), (9, 50), (70, 32), (33, 96), (20, 100), (9, 576)]  # out_features, in_features
+SHAPES = [(1, 1), (5, 7), (9, 50), (33, 96), (300, 32), (20, 100), (9, 576)]  # out_features, in_features
 BLOCKSIZES = (32, 64, 512, 4096)
 
 
