@@ -137,7 +137,7 @@ struct CellCoder {
         const int own = int(threadIdx.x), threads = int(blockDim.x);
         bool is_crowded = false;
         for (int i = own; i < 254; i += threads)
-            is_crowded |= is_inside(midpoints[i]) && is_inside(midpoints[i + 1]) && cell_of(midpoints[i]) == cell_of(midpoints[i + 1]);
+            is_crowded |= is_inside(midpoints[i]) && is_inside(midpoints[i + 1]) && cell_of(midpoints[i] + 0.0f) == cell_of(midpoints[i + 1] + 0.0f);
         is_searched = __syncthreads_or(is_crowded);
         if (is_searched)
             return;
@@ -160,10 +160,11 @@ struct CellCoder {
   private:
     static __device__ __forceinline__ bool is_inside(float v) { return magnitude(v) <= 1.0f; }
 
-    // Ascending with v, for |v| <= 1.
+    // Ascending with v, for |v| <= 1. -0 is in the cell below that of 0; no midpoint lies between them.
     static __device__ __forceinline__ int cell_of(float v) {
         const int place = max(int(magnitude_bits(v) >> kShift) - kLowest, 0);
-        return v < 0.0f ? kCellsOfSign - 1 - place : kCellsOfSign + place;
+        const int sign = int(float_bits(v)) >> 31; // 0 or -1
+        return kCellsOfSign + (place ^ sign);
     }
 
     // Midpoints are in ascending order, so their cells are too.
@@ -171,7 +172,7 @@ struct CellCoder {
         int count = 0;
         for (int step = 128; step > 0; step >>= 1) {
             const float middle = midpoints[count + step - 1];
-            const int place = is_inside(middle) ? cell_of(middle) : middle < 0.0f ? -1 : 2 * kCellsOfSign;
+            const int place = is_inside(middle) ? cell_of(middle + 0.0f) : middle < 0.0f ? -1 : 2 * kCellsOfSign;
             count += place < cell ? step : 0;
         }
         return count;

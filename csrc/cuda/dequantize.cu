@@ -56,29 +56,34 @@ template <typename Source> __device__ __forceinline__ const float* shared_levels
     return levels.value;
 }
 
-// Every vector lies in one block and is aligned.
+// Vectors are aligned, and blocks are powers of two of at least a vector.
 template <typename T, typename Source>
-__global__ void __launch_bounds__(kThreads) dequantize_vectors(Source source, T* __restrict__ output, int64_t n, BlockOf block_of) {
-    constexpr int count = kPerVector<T>, packed_bytes = count * Source::kBits / 8;
+__global__ void __launch_bounds__(kThreads, 6) dequantize_vectors(Source source, T* __restrict__ output, int64_t n, int block_shift) {
+    constexpr int count = kPerVector<T>, packed_bytes = count * Source::kBits / 8, apart = kThreads * count;
     const float* levels = shared_levels(source);
-    const int64_t first = (int64_t(blockIdx.x) * kVectorsPerThread * kThreads + threadIdx.x) * count;
+    const int64_t begin = int64_t(blockIdx.x) * kVectorsPerThread * apart;
+    const int64_t first = begin + int64_t(threadIdx.x) * count;
+    if (begin + kVectorsPerThread * apart > n) { // the last part of the tensor
+        for (int64_t i = first; i < n; i += apart)
+            for (int64_t k = i; k < i + count && k < n; ++k)
+                output[k] = narrow<T>(__fmul_rn(levels[Source::code(source.codes, k)], source.scale(k >> block_shift)));
+        return;
+    }
+    Vector<uint8_t, packed_bytes> packed[kVectorsPerThread];
+    float scales[kVectorsPerThread];
 #pragma unroll
     for (int step = 0; step < kVectorsPerThread; ++step) {
-        const int64_t i = first + int64_t(step) * kThreads * count;
-        if (i >= n)
-            return;
-        const float scale = source.scale(block_of(i));
-        if (i + count > n) {
-            for (int64_t k = i; k < n; ++k)
-                output[k] = narrow<T>(__fmul_rn(levels[Source::code(source.codes, k)], scale));
-            return;
-        }
-        const auto packed = load_once(reinterpret_cast<const Vector<uint8_t, packed_bytes>*>(source.codes + i * Source::kBits / 8));
+        const int64_t i = first + step * apart;
+        packed[step] = load_once(reinterpret_cast<const Vector<uint8_t, packed_bytes>*>(source.codes + i * Source::kBits / 8));
+        scales[step] = source.scale(i >> block_shift);
+    }
+#pragma unroll
+    for (int step = 0; step < kVectorsPerThread; ++step) {
         float values[count];
 #pragma unroll
         for (int k = 0; k < count; ++k)
-            values[k] = __fmul_rn(levels[Source::code(packed.value, k)], scale);
-        store_once(reinterpret_cast<Vector<T, count>*>(output + i), narrow_vector<T>(values));
+            values[k] = __fmul_rn(levels[Source::code(packed[step].value, k)], scales[step]);
+        store_once(reinterpret_cast<Vector<T, count>*>(output + first + step * apart), narrow_vector<T>(values));
     }
 }
 
@@ -96,10 +101,12 @@ template <typename Source> int32_t run(const Source& source, DType dtype, void* 
         using T = std::remove_pointer_t<decltype(element)>;
         constexpr int count = kPerVector<T>;
         T* output = static_cast<T*>(result);
-        const bool is_regular = blocksize % count == 0 && is_aligned(output, 16) && is_aligned(source.codes, count * Source::kBits / 8);
-        const int64_t elements = is_regular ? int64_t(kThreads) * kVectorsPerThread * count : kThreads;
-        return launch(is_regular ? dequantize_vectors<T, Source> : dequantize_elements<T, Source>, unsigned(divide_up(n, elements)), kThreads, 0, stream,
-                      source, output, n, BlockOf(blocksize));
+        const BlockOf block_of(blocksize);
+        if (block_of.shift >= 0 && blocksize >= count && is_aligned(output, 16) && is_aligned(source.codes, count * Source::kBits / 8)) {
+            const int64_t grid = divide_up(n, int64_t(kThreads) * kVectorsPerThread * count);
+            return launch(dequantize_vectors<T, Source>, unsigned(grid), kThreads, 0, stream, source, output, n, block_of.shift);
+        }
+        return launch(dequantize_elements<T, Source>, unsigned(divide_up(n, kThreads)), kThreads, 0, stream, source, output, n, block_of);
     });
 }
 

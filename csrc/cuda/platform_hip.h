@@ -32,6 +32,9 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
     return value;
 }
 
+// The larger of each half.
+__device__ __forceinline__ uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
+
 // ---------------------------------------------------------------------------------------------------------------------- memory
 template <typename T> __device__ __forceinline__ T& shared_variable() {
     __shared__ T variable;

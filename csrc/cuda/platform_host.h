@@ -100,6 +100,9 @@ inline unsigned int __byte_perm(unsigned int a, unsigned int b, unsigned int sel
     return result;
 }
 
+// The larger of each half.
+inline unsigned int __vmaxu2(unsigned int a, unsigned int b) { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
+
 inline int __dp4a(int a, int b, int c) {
     uint32_t sum = uint32_t(c);
     for (int i = 0; i < 4; ++i)

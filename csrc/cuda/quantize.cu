@@ -1,9 +1,11 @@
 // Quantisation: absmax = max |x| of a block, code of v = fl(x * fl(1 / absmax)) by the rules of common/quantize.h.
 //
 // Reads 2 or 4 bytes an element and writes half a byte (4 bit) or a byte (8 bit): 2.56 bytes for bfloat16 to NF4 in blocks of 64. At the rate of memory
-// that leaves about 20 instructions for an element, so thresholds are not compared one by one; coders.h finds a code in one look-up. A lane holds 8
-// neighbouring elements, loads 16 bytes at once and stores 4 or 8. A block of up to 256 elements lies in one warp, whose lanes exchange their maxima by
-// shuffles: no barrier, no second read. A larger block is read twice by one warp, the second time from the caches.
+// that leaves about 20 instructions for an element, so thresholds are not compared one by one; coders.h finds a code in one look-up. A lane holds a group
+// of neighbouring elements, 32 bytes, and stores their codes at once; what a block costs is shared by 8 or 16 elements. A block of up to 32 groups lies
+// in one warp, whose lanes exchange their maxima by shuffles: no barrier, no second read. A larger block is read twice by one warp, the second time from
+// the caches.
+#include "block_scales.h"
 #include "coders.h"
 #include "device.h"
 
@@ -11,9 +13,9 @@ namespace bnb {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGroup = 8;          // elements of a lane
-constexpr int kGroupsAtOnce = 4;   // that a lane has under way
-constexpr int kWarpElements = kGroup * 32;
+template <typename T> constexpr int kGroup = 32 / int(sizeof(T)); // elements of a lane
+constexpr int kGroupsAtOnce = 2;                                 // that a lane has under way
+constexpr int kMostLanes = 32;                                   // that share a small block
 constexpr int kBlocksAtOnce = 4; // that a multiprocessor has room for
 // 8 bit: with fewer elements a multiprocessor searches them faster than it fills the tables of CellCoder (an estimate: 75 elements a thread).
 constexpr int64_t kElementsWorthCells = 75 * kThreads * kBlocksAtOnce;
@@ -26,30 +28,39 @@ template <typename T> struct QuantizeKernelArgs {
     int64_t n, blocksize;
 };
 
-// 8 elements of one lane; those behind the end are 0.
+// The elements of one lane. Those behind the end of the tensor are 0.
 template <typename T> struct Group {
-    Vector<T, kPerVector<T>> part[kGroup / kPerVector<T>];
+    Vector<T, kPerVector<T>> part[kGroup<T> / kPerVector<T>];
 
-    __device__ __forceinline__ void load(const T* input, int64_t i, int64_t n) {
-        if (i + kGroup <= n) {
+    __device__ __forceinline__ void load(const T* p) {
 #pragma unroll
-            for (int k = 0; k < kGroup / kPerVector<T>; ++k)
-                part[k] = load_once(reinterpret_cast<const Vector<T, kPerVector<T>>*>(input + i) + k);
-            return;
-        }
+        for (int k = 0; k < kGroup<T> / kPerVector<T>; ++k)
+            part[k] = load_once(reinterpret_cast<const Vector<T, kPerVector<T>>*>(p) + k);
+    }
+
+    __device__ __forceinline__ void load_up_to(const T* p, int count) {
+        if (count >= kGroup<T>)
+            return load(p);
 #pragma unroll
-        for (int k = 0; k < kGroup; ++k)
-            part[k / kPerVector<T>].value[k % kPerVector<T>] = i + k < n ? input[i + k] : T{};
+        for (int k = 0; k < kGroup<T>; ++k)
+            part[k / kPerVector<T>].value[k % kPerVector<T>] = k < count ? p[k] : T{};
     }
 
     __device__ __forceinline__ float operator[](int k) const { return widen(part[k / kPerVector<T>].value[k % kPerVector<T>]); }
 
+    // Bits of the largest magnitude as a float. Two elements of 16 bits are compared at once: their bits are ordered like a float's.
     __device__ __forceinline__ uint32_t largest_bits() const {
-        uint32_t largest = 0;
+        uint32_t words[kGroup<T> * int(sizeof(T)) / 4];
+        memcpy(words, part, sizeof words);
+        constexpr uint32_t magnitudes = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
+        uint32_t largest = words[0] & magnitudes;
 #pragma unroll
-        for (int k = 0; k < kGroup; ++k)
-            largest = max(largest, magnitude_bits((*this)[k]));
-        return largest;
+        for (int k = 1; k < int(sizeof words) / 4; ++k)
+            largest = sizeof(T) == 4 ? max(largest, words[k] & magnitudes) : __vmaxu2(largest, words[k] & magnitudes);
+        if constexpr (sizeof(T) == 4)
+            return largest;
+        else
+            return float_bits(widen(T{uint16_t(max(largest & 0xffffu, largest >> 16))}));
     }
 };
 
@@ -63,92 +74,109 @@ struct Scale {
           is_ordinary(largest_bits < kInfinityBits && magnitude_bits(inverse) < kInfinityBits) {}
 };
 
-template <int bits> struct Codes;
-template <> struct Codes<4> { // the first of a pair in the high half of its byte
-    uint32_t word = 0;
-    __device__ __forceinline__ void put(int k, int code) { word |= uint32_t(code) << 4 * (k ^ 1); }
-    __device__ __forceinline__ uint8_t byte(int index) const { return uint8_t(word >> 8 * index); }
-    __device__ __forceinline__ void store(uint8_t* p) const { store_once(reinterpret_cast<uint32_t*>(p), word); }
-};
-template <> struct Codes<8> {
-    uint32_t low = 0, high = 0;
-    __device__ __forceinline__ void put(int k, int code) { (k < 4 ? low : high) |= uint32_t(code) << 8 * (k & 3); }
-    __device__ __forceinline__ uint8_t byte(int index) const { return uint8_t((index < 4 ? low : high) >> 8 * (index & 3)); }
-    __device__ __forceinline__ void store(uint8_t* p) const { store_once(reinterpret_cast<uint2*>(p), make_uint2(low, high)); }
+// The codes of a group. The first of a pair of 4 bits is in the high half of its byte.
+template <int bits, int count> struct Codes {
+    Vector<uint32_t, count * bits / 32> words = {};
+
+    __device__ __forceinline__ void put(int k, int code) {
+        const int place = bits == 4 ? k ^ 1 : k;
+        words.value[k * bits / 32] |= uint32_t(code) << place * bits % 32;
+    }
 };
 
-// Encodes the elements from i on and stores their codes. The last byte of an odd count of 4-bit codes is filled up with the code of zero.
+// The codes of up to a group of elements, one by one: for blocks with NaN, infinities or nothing but denormals, and for the end of the tensor, where the last
+// byte of an odd count of 4-bit codes is filled up with the code of zero.
 template <typename Coder, typename T>
-__device__ __forceinline__ void encode(const QuantizeKernelArgs<T>& args, const Coder& coder, const Group<T>& group, const Scale& scale, int64_t i) {
-    if (i >= args.n)
-        return;
-    uint8_t* output = args.output + i / 8 * Coder::kBits;
-    Codes<Coder::kBits> codes;
-    if (scale.is_ordinary) {
-#pragma unroll
-        for (int k = 0; k < kGroup; ++k)
-            codes.put(k, coder.code(__fmul_rn(group[k], scale.inverse)));
-    } else {
-#pragma unroll
-        for (int k = 0; k < kGroup; ++k)
-            codes.put(k, i + k < args.n ? coder.any_code(normalise(group[k], scale.inverse)) : Coder::kZeroCode);
+__device__ __forceinline__ void encode_slowly(const Coder& coder, const T* x, int count, float inverse, uint8_t* output) {
+    constexpr int per_byte = 8 / Coder::kBits;
+    count = min(count, kGroup<T>);
+#pragma unroll 1
+    for (int first = 0; first < count; first += per_byte) {
+        int byte = 0;
+#pragma unroll 1
+        for (int k = first; k < first + per_byte; ++k)
+            byte = byte << Coder::kBits | (k < count ? coder.any_code(normalise(widen(x[k]), inverse)) : Coder::kZeroCode);
+        output[first / per_byte] = uint8_t(byte);
     }
-    if (i + kGroup <= args.n)
-        return codes.store(output);
-    const int bytes = int(((args.n - i) * Coder::kBits + 7) / 8);
-#pragma unroll
-    for (int k = 0; k < Coder::kBits; ++k)
-        if (k < bytes)
-            output[k] = codes.byte(k);
 }
 
-// Blocks of 8 to 256 elements, powers of two. Aligned.
-template <typename Coder, typename T> __global__ void __launch_bounds__(kThreads) quantize_small_blocks(QuantizeKernelArgs<T> args) {
-    const Coder coder(shared_variable<typename Coder::Table>(), args.code);
-    const int lanes = int(args.blocksize) / kGroup; // of a block
-    const int64_t stride = int64_t(gridDim.x) * kThreads * kGroupsAtOnce * kGroup;
-    for (int64_t begin = int64_t(blockIdx.x) * kThreads * kGroupsAtOnce * kGroup; begin < args.n; begin += stride) {
-        const int64_t first = begin + int64_t(threadIdx.x) * kGroup;
-        Group<T> groups[kGroupsAtOnce];
+// Stores the codes of the elements at x, which `group` holds. `count` of them are left in the tensor.
+template <typename Coder, typename T>
+__device__ __forceinline__ void encode(const Coder& coder, const Group<T>& group, const Scale& scale, const T* x, int count, uint8_t* output) {
+    if (!scale.is_ordinary || count < kGroup<T>)
+        return encode_slowly(coder, x, count, scale.inverse, output);
+    Codes<Coder::kBits, kGroup<T>> codes;
 #pragma unroll
-        for (int step = 0; step < kGroupsAtOnce; ++step)
-            groups[step].load(args.input, first + step * kThreads * kGroup, args.n);
+    for (int k = 0; k < kGroup<T>; ++k)
+        codes.put(k, coder.code(__fmul_rn(group[k], scale.inverse)));
+    store_once(reinterpret_cast<decltype(codes.words)*>(output), codes.words);
+}
+
+// How many elements are left, as far as that matters to a block of threads.
+__device__ __forceinline__ int count_left(int64_t left) { return int(min(left, int64_t(1) << 30)); }
+
+// Blocks of 1 to 32 groups, powers of two. Aligned.
+template <typename Coder, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) quantize_small_blocks(QuantizeKernelArgs<T> args, int block_shift) {
+    const Coder coder(shared_variable<typename Coder::Table>(), args.code);
+    constexpr int apart = kThreads * kGroup<T>;
+    const int lanes = (1 << block_shift) / kGroup<T>; // of a block
+    const bool is_first_lane = (lane_index() & (lanes - 1)) == 0;
+    const int64_t stride = int64_t(gridDim.x) * kGroupsAtOnce * apart;
+    for (int64_t begin = int64_t(blockIdx.x) * kGroupsAtOnce * apart; begin < args.n; begin += stride) {
+        const int64_t first = begin + int64_t(threadIdx.x) * kGroup<T>;
+        const int left = count_left(args.n - first);
+        const T* x = args.input + first;
+        uint8_t* output = args.output + first / 8 * Coder::kBits;
+        float* absmax = args.absmax + (first >> block_shift);
+        Group<T> groups[kGroupsAtOnce];
+        if (begin + kGroupsAtOnce * apart <= args.n) {
+#pragma unroll
+            for (int step = 0; step < kGroupsAtOnce; ++step)
+                groups[step].load(x + step * apart);
+        } else {
+#pragma unroll
+            for (int step = 0; step < kGroupsAtOnce; ++step)
+                groups[step].load_up_to(x + step * apart, left - step * apart);
+        }
 #pragma unroll
         for (int step = 0; step < kGroupsAtOnce; ++step) {
-            const int64_t i = first + step * kThreads * kGroup;
             uint32_t largest = groups[step].largest_bits();
-            for (int distance = 1; distance < lanes; distance *= 2)
-                largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
+#pragma unroll
+            for (int distance = 1; distance < kMostLanes; distance *= 2)
+                if (distance < lanes)
+                    largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
             const Scale scale(largest);
-            if (lane_index() % lanes == 0 && i < args.n)
-                args.absmax[i / args.blocksize] = scale.absmax;
-            encode(args, coder, groups[step], scale, i);
+            if (is_first_lane && step * apart < left)
+                absmax[step * (apart >> block_shift)] = scale.absmax;
+            encode(coder, groups[step], scale, x + step * apart, left - step * apart, output + step * apart / 8 * Coder::kBits);
         }
     }
 }
 
-// Blocks of a multiple of 256 elements, one by each warp. Aligned.
-template <typename Coder, typename T> __global__ void __launch_bounds__(kThreads) quantize_large_blocks(QuantizeKernelArgs<T> args) {
+// Blocks of a multiple of 32 groups, one by each warp. Aligned.
+template <typename Coder, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) quantize_large_blocks(QuantizeKernelArgs<T> args) {
     const Coder coder(shared_variable<typename Coder::Table>(), args.code);
     const int64_t blocks = args.n / args.blocksize + (args.n % args.blocksize != 0);
-    constexpr int step = kWarpSize * kGroup;
+    constexpr int apart = kWarpSize * kGroup<T>;
     for (int64_t block = global_thread() / kWarpSize; block < blocks; block += global_threads() / kWarpSize) {
-        const int64_t begin = block * args.blocksize, end = min(begin + args.blocksize, args.n);
+        const int64_t first = block * args.blocksize + lane_index() * kGroup<T>, end = min((block + 1) * args.blocksize, args.n);
         uint32_t largest = 0;
 #pragma unroll 4
-        for (int64_t i = begin + lane_index() * kGroup; i < end; i += step) {
+        for (int64_t i = first; i < end; i += apart) {
             Group<T> group;
-            group.load(args.input, i, args.n);
+            group.load_up_to(args.input + i, count_left(end - i));
             largest = max(largest, group.largest_bits());
         }
         const Scale scale(warp_max(largest));
         if (lane_index() == 0)
             args.absmax[block] = scale.absmax;
-#pragma unroll 4
-        for (int64_t i = begin + lane_index() * kGroup; i < end; i += step) {
+#pragma unroll 2
+        for (int64_t i = first; i < end; i += apart) {
             Group<T> group;
-            group.load(args.input, i, args.n);
-            encode(args, coder, group, scale, i);
+            group.load_up_to(args.input + i, count_left(end - i));
+            encode(coder, group, scale, args.input + i, count_left(end - i), args.output + i / 8 * Coder::kBits);
         }
     }
 }
@@ -184,21 +212,18 @@ template <typename Coder, typename T> __global__ void __launch_bounds__(kThreads
     }
 }
 
-bool is_power_of_two(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
-
 // Coder for blocks of the usual sizes, AnyCoder for all others.
 template <typename Coder, typename AnyCoder, typename T> int32_t run(const QuantizeKernelArgs<T>& args, int blocks_per_multiprocessor, Stream stream) {
-    const bool are_groups_aligned = is_aligned(args.input, 16) && is_aligned(args.output, Coder::kBits);
-    int64_t elements = min(args.blocksize, args.n) * (kThreads / kWarpSize); // of a block of threads
-    auto kernel = quantize_any_blocks<AnyCoder, T>;
-    if (are_groups_aligned && args.blocksize % kWarpElements == 0 && args.blocksize > kWarpElements) {
-        kernel = quantize_large_blocks<Coder, T>;
-    } else if (are_groups_aligned && is_power_of_two(args.blocksize) && args.blocksize >= kGroup && args.blocksize <= kWarpElements) {
-        kernel = quantize_small_blocks<Coder, T>;
-        elements = kThreads * kGroupsAtOnce * kGroup;
-    }
     const int64_t most = int64_t(device_properties().multiprocessors) * blocks_per_multiprocessor;
-    return launch(kernel, unsigned(min(divide_up(args.n, elements), most)), kThreads, 0, stream, args);
+    const auto grid = [&](int64_t elements_of_a_block) { return unsigned(min(divide_up(args.n, elements_of_a_block), most)); };
+    const bool are_groups_aligned = is_aligned(args.input, 16) && is_aligned(args.output, kGroup<T> * Coder::kBits / 8);
+    const int shift = BlockOf(args.blocksize).shift;
+    if (are_groups_aligned && shift >= 0 && args.blocksize >= kGroup<T> && args.blocksize <= kGroup<T> * kMostLanes)
+        return launch(quantize_small_blocks<Coder, T>, grid(kThreads * kGroupsAtOnce * kGroup<T>), kThreads, 0, stream, args, shift);
+    const unsigned blocks = grid(min(args.blocksize, args.n) * (kThreads / kWarpSize));
+    if (are_groups_aligned && args.blocksize % (kGroup<T> * kMostLanes) == 0)
+        return launch(quantize_large_blocks<Coder, T>, blocks, kThreads, 0, stream, args);
+    return launch(quantize_any_blocks<AnyCoder, T>, blocks, kThreads, 0, stream, args);
 }
 
 } // namespace
