@@ -24,14 +24,15 @@ set(BNB_GENERIC_SOURCES
 # Tensor cores: any, of sm_75 alone, of sm_80 and later, and of sm_90 alone.
 set(BNB_TENSOR_SOURCES
     csrc/cuda/int8_backward_tiles.cu
-    csrc/cuda/int8_tiles.cu
     csrc/cuda/gemm_4bit_skinny.cu
 )
 set(BNB_MMA75_SOURCES
+    csrc/cuda/int8_tiles_75.cu
 )
 set(BNB_MMA80_SOURCES
     csrc/cuda/gemm_4bit_backward.cu
     csrc/cuda/gemm_4bit_tiled.cu
+    csrc/cuda/int8_tiles.cu
 )
 set(BNB_SM90_SOURCES
 )

@@ -1,5 +1,5 @@
-"""LLM.int8() of the CUDA kernels, in the emulation: codes, statistics, integer products and whatever is one rounding of them are the reference's bit for
-bit; what a floating point sum went into, within the bound of its rounding."""
+"""LLM.int8() of the CUDA kernels, in the emulation: codes, statistics, integer products and whatever is one rounding of them are the reference's bit
+for bit; what a floating point sum went into, within the bound of its rounding."""
 
 import ctypes as ct
 
@@ -124,7 +124,8 @@ def assert_multiplies(a, b, kernel) -> None:
 
 
 SHAPES = [
-    (1, 1, 1), (1, 3, 16), (2, 5, 17), (3, 2, 512), (5, 17, 513), (8, 33, 96), (16, 32, 1024), (17, 31, 60), (31, 66, 528), (65, 9, 64), (70, 130, 48),
+    (1, 1, 1), (1, 3, 16), (2, 5, 17), (3, 2, 512), (5, 17, 513), (8, 33, 96), (16, 32, 1024), (17, 31, 60), (31, 66, 528), (65, 9, 64),
+    (70, 130, 48),
 ]  # fmt: skip
 
 
@@ -576,8 +577,9 @@ def test_legacy_products_of_k_by_m_and_k_by_n(cuda_once, m, n, k):
 def test_legacy_products_report_bad_arguments(cuda_once):
     p = POINTER(torch.zeros(64, dtype=torch.int32).data_ptr())
     for function in (cuda_once.cigemmlt_32, cuda_once.cigemmlt_8, cuda_once.cigemmlt_8_rowscale):
-        for m, n, k, lda, ldb, ldc, A in ((2, 2, -1, 4, 4, 4, p), (-2, 2, 2, 4, 4, 4, p), (2, 2, 4, 3, 4, 4, p), (2, 2, 4, 4, 4, 1, p), (2, 2, 2, 4, 4, 4, None)):
-            assert function(None, INT(m), INT(n), INT(k), A, p, p, p, INT(lda), INT(ldb), INT(ldc), None) == 1
+        for m, n, k, lda, ldb, ldc in ((2, 2, -1, 4, 4, 4), (-2, 2, 2, 4, 4, 4), (2, 2, 4, 3, 4, 4), (2, 2, 4, 4, 3, 4), (2, 2, 4, 4, 4, 1)):
+            assert function(None, INT(m), INT(n), INT(k), p, p, p, p, INT(lda), INT(ldb), INT(ldc), None) == 1
+        assert function(None, INT(2), INT(2), INT(2), None, p, p, p, INT(4), INT(4), INT(4), None) == 1
     assert cuda_once.cigemmlt_8_rowscale(None, INT(2), INT(2), INT(2), p, p, p, None, INT(4), INT(4), INT(4), None) == 1
 
 

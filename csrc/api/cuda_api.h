@@ -51,15 +51,15 @@ BNB_API int32_t bnb_cuda_gemm_4bit_backward(const void* A, const uint8_t* B, con
                                             int32_t device, void* stream);
 
 // ------------------------------------------------------------------------------------------------------------------------ LLM.int8()
-// As in api.h. Outlier columns stay on the device: is_outlier has `columns` truth values, outlier_list room for as many indices, which come in ascending
-// order, and outlier_count one number; the last two may be null. Without a threshold all three are null.
+// As in api.h. Outlier columns stay on the device: is_outlier has `columns` truth values, outlier_list room for as many indices, which come in
+// ascending order, and outlier_count one number; the last two may be null. Without a threshold all three are null.
 BNB_API int32_t bnb_cuda_int8_quantize(const void* A, int32_t dtype, int64_t rows, int64_t columns, double threshold, uint8_t* is_outlier,
                                        int64_t* outlier_list, int64_t* outlier_count, float* row_stats, int8_t* row_codes, float* col_stats,
                                        int8_t* col_codes, int32_t device, void* stream);
 
 // Rows of codes are `stride` apart; out of dtype, its rows are not.
-BNB_API int32_t bnb_cuda_int8_dequantize(const int8_t* codes, int64_t stride, const float* stats, int64_t rows, int64_t columns, int32_t dtype, void* out,
-                                         int32_t device, void* stream);
+BNB_API int32_t bnb_cuda_int8_dequantize(const int8_t* codes, int64_t stride, const float* stats, int64_t rows, int64_t columns, int32_t dtype,
+                                         void* out, int32_t device, void* stream);
 
 // `kernel`: 0 chooses; others are for tests and tuning, see cuda/kernels.h. kUnsupported: not on this device.
 BNB_API int32_t bnb_cuda_int8_matmul(const int8_t* A, const int8_t* B, int32_t* out, int64_t M, int64_t N, int64_t K, int32_t kernel, int32_t device,

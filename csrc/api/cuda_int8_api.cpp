@@ -134,7 +134,8 @@ int32_t bnb_cuda_int8_mm_dequant(const int32_t* product, const float* row_stats,
         return kBadArgument;
     if (!holds(product, M * N) || !holds(row_stats, M) || !holds(col_stats, N) || !holds(out, M * N))
         return kBadArgument;
-    return on_device(device, launch_int8_mm_dequant, Int8ScaleArgs{product, row_stats, col_stats, bias, DType(bias_dtype), out, DType(dtype), M, N}, stream);
+    return on_device(device, launch_int8_mm_dequant, Int8ScaleArgs{product, row_stats, col_stats, bias, DType(bias_dtype), out, DType(dtype), M, N},
+                     stream);
 }
 
 int32_t bnb_cuda_int8_matmul(const int8_t* A, const int8_t* B, int32_t* out, int64_t M, int64_t N, int64_t K, int32_t kernel, int32_t device,
@@ -148,9 +149,9 @@ int32_t bnb_cuda_int8_matmul(const int8_t* A, const int8_t* B, int32_t* out, int
     return guard.status() == kOk ? launch_int8_product(args, Int8Kernel(kernel), stream) : guard.status();
 }
 
-int32_t bnb_cuda_int8_scaled_mm(const int8_t* CA, const int8_t* CB, const float* SCA, const float* SCB, const void* A,
-                                const int64_t* outlier_columns, int64_t outliers, const void* bias, int32_t bias_dtype, void* out, int64_t M,
-                                int64_t N, int64_t K, int32_t dtype, int32_t kernel, int32_t device, void* stream) {
+int32_t bnb_cuda_int8_scaled_mm(const int8_t* CA, const int8_t* CB, const float* SCA, const float* SCB, const void* A, const int64_t* outlier_columns,
+                                int64_t outliers, const void* bias, int32_t bias_dtype, void* out, int64_t M, int64_t N, int64_t K, int32_t dtype,
+                                int32_t kernel, int32_t device, void* stream) {
     if (!is_dtype(dtype) || !is_bias(bias, bias_dtype) || !are_matrices(M, N, K) || !is_kernel(kernel) || !is_count(outliers))
         return kBadArgument;
     if (!holds(CA, M * K) || !holds(CB, N * K) || !holds(SCA, M) || !holds(SCB, N) || !holds(out, M * N))
@@ -171,8 +172,8 @@ int64_t bnb_cuda_int8_linear_workspace(int64_t M, int64_t K, int32_t has_thresho
 }
 
 int32_t bnb_cuda_int8_linear(const void* A, const int8_t* CB, const float* SCB, const void* bias, int32_t bias_dtype, double threshold,
-                             uint8_t* is_outlier, void* workspace, int64_t workspace_bytes, void* out, int64_t M, int64_t N, int64_t K,
-                             int32_t dtype, int32_t kernel, int32_t device, void* stream) {
+                             uint8_t* is_outlier, void* workspace, int64_t workspace_bytes, void* out, int64_t M, int64_t N, int64_t K, int32_t dtype,
+                             int32_t kernel, int32_t device, void* stream) {
     if (!is_dtype(dtype) || !is_bias(bias, bias_dtype) || !are_matrices(M, N, K) || !is_kernel(kernel) || !is_threshold(threshold, is_outlier, K))
         return kBadArgument;
     if (!holds(A, M * K) || !holds(CB, N * K) || !holds(SCB, N) || !holds(out, M * N))
@@ -184,20 +185,21 @@ int32_t bnb_cuda_int8_linear(const void* A, const int8_t* CB, const float* SCB, 
     Int8Outliers outliers{};
     if (threshold > 0.0)
         outliers = {is_outlier, reinterpret_cast<int64_t*>(base + layout.list_at), reinterpret_cast<int64_t*>(base + layout.count_at)};
-    const Int8QuantizeArgs quantize_args{A, DType(dtype), M, K, limit_of(threshold), outliers, kInt8Classes,
-                                         reinterpret_cast<float*>(base + layout.stats_at), reinterpret_cast<int8_t*>(base + layout.codes_at),
-                                         layout.codes_stride};
+    Int8QuantizeArgs activations{};
+    activations.A = A, activations.dtype = DType(dtype), activations.rows = M, activations.columns = K, activations.limit = limit_of(threshold);
+    activations.outliers = outliers, activations.classes = kInt8Classes, activations.stats = reinterpret_cast<float*>(base + layout.stats_at);
+    activations.codes = reinterpret_cast<int8_t*>(base + layout.codes_at), activations.codes_stride = layout.codes_stride;
     Int8ProductArgs product{};
-    product.x = quantize_args.codes, product.x_stride = layout.codes_stride, product.w = CB, product.w_stride = K, product.N = N, product.K = K;
+    product.x = activations.codes, product.x_stride = layout.codes_stride, product.w = CB, product.w_stride = K, product.N = N, product.K = K;
     product.classes = kInt8Classes, product.w_stats = SCB, product.bias = bias, product.bias_dtype = DType(bias_dtype);
     product.outlier_columns = outliers.list, product.outlier_count = outliers.count;
     product.out = out, product.out_stride = N, product.dtype = DType(dtype);
     const DeviceGuard guard(device);
-    return guard.status() == kOk ? multiply_slabs(quantize_args, product, Int8Kernel(kernel), stream) : guard.status();
+    return guard.status() == kOk ? multiply_slabs(activations, product, Int8Kernel(kernel), stream) : guard.status();
 }
 
-int32_t bnb_cuda_int8_linear_backward(const void* A, const int8_t* CB, const float* SCB, void* out, int64_t M, int64_t N, int64_t K,
-                                      int32_t dtype, int32_t kernel, int32_t device, void* stream) {
+int32_t bnb_cuda_int8_linear_backward(const void* A, const int8_t* CB, const float* SCB, void* out, int64_t M, int64_t N, int64_t K, int32_t dtype,
+                                      int32_t kernel, int32_t device, void* stream) {
     if (!is_dtype(dtype) || !are_matrices(M, N, K) || kernel < kInt8BackwardAuto || kernel > kInt8BackwardTiles)
         return kBadArgument;
     if (!holds(A, M * N) || !holds(CB, N * K) || !holds(SCB, N) || !holds(out, M * K))

@@ -1,5 +1,6 @@
-// The C names of the published library for LLM.int8() on the GPU, on the device that is current. Matrices of the products lie column by column, as BLAS
-// libraries have them: entry (i, j) of a matrix with leading dimension ld is element i + j * ld. The first argument is what get_context() returns.
+// The C names of the published library for LLM.int8() on the GPU, on the device that is current. Matrices of the products lie column by column, as
+// BLAS libraries have them: entry (i, j) of a matrix with leading dimension ld is element i + j * ld. The first argument is what get_context()
+// returns.
 #include "arguments.h"
 #include "cuda_api.h"
 #include "cuda_call.h"
@@ -67,7 +68,8 @@ BNB_API int cigemmlt_8(void*, int m, int n, int k, int8_t* A, int8_t* B, void* C
     return multiply_to_int8(m, n, k, A, B, C, nullptr, lda, ldb, ldc, stream);
 }
 
-BNB_API int cigemmlt_8_rowscale(void*, int m, int n, int k, int8_t* A, int8_t* B, void* C, float* row_scale, int lda, int ldb, int ldc, void* stream) {
+BNB_API int cigemmlt_8_rowscale(void*, int m, int n, int k, int8_t* A, int8_t* B, void* C, float* row_scale, int lda, int ldb, int ldc,
+                                void* stream) {
     return row_scale == nullptr && m > 0 ? kFailed : multiply_to_int8(m, n, k, A, B, C, row_scale, lda, ldb, ldc, stream);
 }
 

@@ -1,8 +1,8 @@
 // The gradient of the int8 product with respect to its activations, for any type, shape, alignment and GPU: out[M, K] = A[M, N] . W[N, K] with
 // W = fl(fl(code * SCB) / 127) in fp32.
 //
-// A lane has four neighbouring columns, one word of codes a row, and eight tokens; the warps of a block share the rows and add up in a fixed order. The
-// weight is read once for every eight tokens. What has tensor cores and is aligned goes to int8_backward_tiles.cu.
+// A lane has four neighbouring columns, one word of codes a row, and eight tokens; the warps of a block share the rows and add up in a fixed order.
+// The weight is read once for every eight tokens. What has tensor cores and is aligned goes to int8_backward_tiles.cu.
 #include "int8_backward.h"
 
 namespace bnb {
@@ -28,7 +28,8 @@ __device__ __forceinline__ uint32_t load_word(const int8_t* p, int64_t left, boo
     return word;
 }
 
-template <typename T> __global__ void __launch_bounds__(kBackwardThreads) multiply_simply(Int8BackwardArgs args, int64_t column_tiles, int64_t tiles) {
+template <typename T> __global__ void __launch_bounds__(kBackwardThreads)
+    multiply_simply(Int8BackwardArgs args, int64_t column_tiles, int64_t tiles) {
     Sums& sums = shared_variable<Sums>();
     const bool is_word = args.K % kLaneColumns == 0 && reinterpret_cast<uintptr_t>(args.CB) % kLaneColumns == 0;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {

@@ -1,13 +1,13 @@
-// The gradient of the int8 product on tensor cores, for bfloat16 and float16: out[M, K] = A[M, N] . W[N, K] with W = fl(fl(code * SCB) / 127) in fp32,
-// rounded to the type of A, as dequantisation and a dense product would have it.
+// The gradient of the int8 product on tensor cores, for bfloat16 and float16: out[M, K] = A[M, N] . W[N, K] with W = fl(fl(code * SCB) / 127) in
+// fp32, rounded to the type of A, as dequantisation and a dense product would have it.
 //
-// The sum runs over the rows of the weight, and rows are what one register has to pair, while codes of a row are neighbours in memory. So a lane reads 8
-// columns of each of four rows: byte j of the four words is its part of the j-th of eight instructions, which have the columns 8g + j (g = lane / 4).
-// The results of a lane are then 16 neighbouring columns of two tokens. The four rows of lane 4g + t are 4t .. 4t + 3, for which the activations of a
-// token are neighbours too: nothing is shuffled.
+// The sum runs over the rows of the weight, and rows are what one register has to pair, while codes of a row are neighbours in memory. So a lane
+// reads 8 columns of each of four rows: byte j of the four words is its part of the j-th of eight instructions, which have the columns 8g + j (g =
+// lane / 4). The results of a lane are then 16 neighbouring columns of two tokens. The four rows of lane 4g + t are 4t .. 4t + 3, for which the
+// activations of a token are neighbours too: nothing is shuffled.
 //
-// A block has 64 columns and 16, 32 or 64 tokens. Its warps share the rows, 16 at a time, and add up in a fixed order. Reads N K bytes of the weight once
-// for every 64 tokens, at about five instructions a weight; the activations, K / 64 times M N, come from the second-level cache.
+// A block has 64 columns and 16, 32 or 64 tokens. Its warps share the rows, 16 at a time, and add up in a fixed order. Reads N K bytes of the weight
+// once for every 64 tokens, at about five instructions a weight; the activations, K / 64 times M N, come from the second-level cache.
 #include "int8_backward.h"
 
 namespace bnb {
@@ -27,8 +27,8 @@ template <typename T, int token_tiles> struct Operands {
 };
 
 // Rows and tokens that do not exist are zeros: N is a multiple of kLaneRows, so that a lane has all of its rows or none.
-template <typename T, int token_tiles>
-__device__ __forceinline__ void load_operands(const Int8BackwardArgs& args, int64_t column, int64_t token, int64_t row, Operands<T, token_tiles>& to) {
+template <typename T, int token_tiles> __device__ __forceinline__ void load_operands(const Int8BackwardArgs& args, int64_t column, int64_t token,
+                                                                                     int64_t row, Operands<T, token_tiles>& to) {
     const bool has_rows = row < args.N;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void multiply_step(const Operands<T, token_tiles>& fr
                 const auto& low = from.activations[tile][0].value;
                 const auto& high = from.activations[tile][1].value;
                 const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
-                float(&sum)[4] = sums[tile][4 * word + j];
+                float (&sum)[4] = sums[tile][4 * word + j];
                 mma_m16n8k16<T>(sum, a, b, sum);
             }
         }
@@ -80,9 +80,8 @@ struct TileSums {
     float of_warp[kBackwardWarps][kLaneColumns * 4][kWarpSize];
 };
 
-template <typename T>
-__device__ __forceinline__ void write_tile(const Int8BackwardArgs& args, int64_t first_column, int64_t token, const float (&own)[kLaneColumns][4],
-                                           TileSums& sums) {
+template <typename T> __device__ __forceinline__ void write_tile(const Int8BackwardArgs& args, int64_t first_column, int64_t token,
+                                                                 const float (&own)[kLaneColumns][4], TileSums& sums) {
 #pragma unroll
     for (int j = 0; j < kLaneColumns; ++j)
 #pragma unroll
@@ -101,8 +100,8 @@ __device__ __forceinline__ void write_tile(const Int8BackwardArgs& args, int64_t
     __syncthreads();
 }
 
-template <typename T, int token_tiles>
-__global__ void __launch_bounds__(kBackwardThreads) multiply_tiles(Int8BackwardArgs args, int64_t column_tiles, int64_t tiles) {
+template <typename T, int token_tiles> __global__ void __launch_bounds__(kBackwardThreads)
+    multiply_tiles(Int8BackwardArgs args, int64_t column_tiles, int64_t tiles) {
     TileSums& shared = shared_variable<TileSums>();
     constexpr int64_t kStep = kBackwardWarps * kRows;
     const int64_t first_row = warp_index() * kRows + lane_index() % 4 * kLaneRows;
@@ -126,8 +125,8 @@ __global__ void __launch_bounds__(kBackwardThreads) multiply_tiles(Int8BackwardA
 template <typename T, int token_tiles> int32_t run(const Int8BackwardArgs& args, Stream stream) {
     const int64_t column_tiles = divide_up(args.K, kColumns), tiles = column_tiles * divide_up(args.M, kTile * token_tiles);
     constexpr int64_t kMostBlocks = 1 << 30;
-    return launch(multiply_tiles<T, token_tiles>, unsigned(tiles < kMostBlocks ? tiles : kMostBlocks), kBackwardThreads, 0, stream, args, column_tiles,
-                  tiles);
+    return launch(multiply_tiles<T, token_tiles>, unsigned(tiles < kMostBlocks ? tiles : kMostBlocks), kBackwardThreads, 0, stream, args,
+                  column_tiles, tiles);
 }
 
 template <typename T> int32_t run_for_tokens(const Int8BackwardArgs& args, Stream stream) {
@@ -137,7 +136,8 @@ template <typename T> int32_t run_for_tokens(const Int8BackwardArgs& args, Strea
 } // namespace
 
 int32_t launch_int8_backward_tiles(const Int8BackwardArgs& args, Stream stream) {
-    const bool is_aligned_for_it = args.K % kLaneColumns == 0 && args.N % kLaneRows == 0 && is_aligned(args.CB, kLaneColumns) && is_aligned(args.A, 8);
+    const bool is_aligned_for_it =
+        args.K % kLaneColumns == 0 && args.N % kLaneRows == 0 && is_aligned(args.CB, kLaneColumns) && is_aligned(args.A, 8);
     const int32_t least = args.dtype == kBFloat16 ? 80 : 75;
     if (args.dtype == kFloat32 || !is_aligned_for_it || device_properties().capability < least)
         return kUnsupported;

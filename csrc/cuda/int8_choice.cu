@@ -5,13 +5,28 @@
 namespace bnb {
 namespace {
 
-#if !defined(BNB_HAS_TENSOR)
-int32_t launch_tiles(const Int8ProductArgs&, Int8Kernel, Stream) { return kUnsupported; }
-int32_t launch_backward_tiles(const Int8BackwardArgs&, Stream) { return kUnsupported; }
-#else
-int32_t launch_tiles(const Int8ProductArgs& args, Int8Kernel kernel, Stream stream) { return launch_int8_tiles(args, kernel, stream); }
-int32_t launch_backward_tiles(const Int8BackwardArgs& args, Stream stream) { return launch_int8_backward_tiles(args, stream); }
+// By tensor cores, if the device and this build have them.
+[[maybe_unused]] bool has_capability(int32_t least) { return device_properties().capability >= least; }
+
+int32_t launch_tiles([[maybe_unused]] const Int8ProductArgs& args, [[maybe_unused]] Int8Kernel kernel, [[maybe_unused]] Stream stream) {
+#if defined(BNB_HAS_MMA80)
+    if (has_capability(80))
+        return launch_int8_tiles(args, kernel, stream);
 #endif
+#if defined(BNB_HAS_MMA75)
+    if (has_capability(75))
+        return launch_int8_tiles_75(args, stream);
+#endif
+    return kUnsupported;
+}
+
+int32_t launch_backward_tiles([[maybe_unused]] const Int8BackwardArgs& args, [[maybe_unused]] Stream stream) {
+#if defined(BNB_HAS_TENSOR)
+    return launch_int8_backward_tiles(args, stream);
+#else
+    return kUnsupported;
+#endif
+}
 
 constexpr int64_t kMostTokensOfRows = 4;
 constexpr int64_t kMostTokensOfNarrow = 16;

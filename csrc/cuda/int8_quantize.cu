@@ -1,11 +1,11 @@
 // LLM.int8() outside its product: statistics, codes and outlier columns of activations, and the ways back to floating point.
 //
-// Rows are quantised by a block each, which reads its row twice: once for the largest magnitudes, once, from a cache, for the codes. With bfloat16 that
-// moves 3 bytes an element and costs about 20 instructions for 8 elements and pass, so memory is the bound. A thread takes 8 neighbours at a turn, which
-// are two groups of four; with a block of a multiple of 8 threads the groups of a thread are of the same two classes at every turn.
+// Rows are quantised by a block each, which reads its row twice: once for the largest magnitudes, once, from a cache, for the codes. With bfloat16
+// that moves 3 bytes an element and costs about 20 instructions for 8 elements and pass, so memory is the bound. A thread takes 8 neighbours at a
+// turn, which are two groups of four; with a block of a multiple of 8 threads the groups of a thread are of the same two classes at every turn.
 //
-// A column is an outlier's if any row has one there, so that codes have to wait for the statistics of all rows: two kernels then, and the host waits for
-// neither. The second has one block more, which lists the columns for the product.
+// A column is an outlier's if any row has one there, so that codes have to wait for the statistics of all rows: two kernels then, and the host waits
+// for neither. The second has one block more, which lists the columns for the product.
 #include "int8_elements.h"
 
 #include "../common/quantize.h"

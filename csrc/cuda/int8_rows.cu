@@ -4,8 +4,8 @@
 // instructions that multiply and add, well below what memory allows. A block owns two rows of the weight; its four warps share the columns, so that
 // layers with few rows keep all multiprocessors busy, and add up in a fixed order.
 //
-// A lane meets 16 columns of every warp's stretch, at a distance that is a multiple of the period of the classes: its four groups are of the same four
-// classes at every turn, and scaling them apart costs nothing until the end.
+// A lane meets 16 columns of every warp's stretch, at a distance that is a multiple of the period of the classes: its four groups are of the same
+// four classes at every turn, and scaling them apart costs nothing until the end.
 #include "int8_product.h"
 
 namespace bnb {
@@ -25,8 +25,8 @@ template <typename Sum, int kTokens> struct Partials {
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A lane's share of the sums of a tile. Rows and tokens that do not exist repeat the last.
-template <int kTokens>
-__device__ __forceinline__ void add_products(const Int8ProductArgs& args, int64_t row, int64_t token, uint32_t (&sums)[kRows][kTokens][kGroupsPerVector]) {
+template <int kTokens> __device__ __forceinline__ void add_products(const Int8ProductArgs& args, int64_t row, int64_t token,
+                                                                    uint32_t (&sums)[kRows][kTokens][kGroupsPerVector]) {
     const int8_t *w[kRows], *x[kTokens];
     bool is_vector = true;
 #pragma unroll
@@ -81,7 +81,8 @@ __device__ __forceinline__ void add_outliers(const Int8ProductArgs& args, int64_
         }
 }
 
-template <typename Sum, int kTokens> __global__ void __launch_bounds__(kThreads) multiply_rows(Int8ProductArgs args, int64_t token_tiles, int64_t tiles) {
+template <typename Sum, int kTokens> __global__ void __launch_bounds__(kThreads)
+    multiply_rows(Int8ProductArgs args, int64_t token_tiles, int64_t tiles) {
     Partials<Sum, kTokens>& partials = shared_variable<Partials<Sum, kTokens>>();
     const int64_t outliers = outlier_count(args);
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {

@@ -145,7 +145,7 @@ struct OptimizerLaunch {
 int32_t launch_optimizer_step_8bit(const OptimizerLaunch& job, Stream stream);
 int32_t launch_optimizer_step_32bit(const OptimizerLaunch& job, Stream stream);
 
-// a[i] = value; a[i] = i; a[i] *= b[i]
+// a[i] = value; a[i] = i; a[i] *= b[i]; for n > 0 elements
 enum class Elementwise { kFill, kCount, kMultiply };
 int32_t launch_elementwise(Elementwise operation, float* a, const float* b, float value, int64_t n, Stream stream);
 int32_t launch_fill_bytes(uint8_t* a, uint8_t value, int64_t n, Stream stream);
@@ -241,7 +241,8 @@ enum Int8Kernel : int32_t { kInt8Auto = 0, kInt8Rows = 1, kInt8Narrow = 2, kInt8
 int32_t launch_int8_product(const Int8ProductArgs& args, Int8Kernel kernel, Stream stream);
 
 int32_t launch_int8_rows(const Int8ProductArgs& args, Stream stream);                     // any device
-int32_t launch_int8_tiles(const Int8ProductArgs& args, Int8Kernel kernel, Stream stream); // tensor cores; kUnsupported where it cannot run
+int32_t launch_int8_tiles(const Int8ProductArgs& args, Int8Kernel kernel, Stream stream); // sm_80 and later; what does not fit is a smaller tile's
+int32_t launch_int8_tiles_75(const Int8ProductArgs& args, Stream stream);
 
 // A legacy product of any strides: out[i, j] = sum_k a[i, k] b[k, j] for every matrix of a batch, as int32, or scaled, rounded and saturated to int8.
 struct Int8StridedArgs {
