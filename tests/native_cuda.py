@@ -9,6 +9,9 @@ A test file imports the fixtures that it uses:
         cuda.bnb_cuda_dequantize_4bit(...) # the C function itself; its last two arguments are *cuda.where
 
 ``cuda`` runs a test twice, with threads in ascending and in descending order, so that a missing barrier shows; ``cuda_once`` runs it once.
+
+With BNB_TEST_DEVICE=cuda the same tests run on a GPU with the package's own library: new tensors are then on the GPU, unless a test says otherwise
+(``here`` moves the others), and tests that take ``emulated_only``, which look into memory of the host, are skipped.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ import subprocess
 import pytest
 import torch
 
+from bitsandbytes import cextension
 from bitsandbytes.backends.cuda import native
 
+ON_GPU = os.environ.get("BNB_TEST_DEVICE") == "cuda"
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("BNB_CUDA_EMULATION_BUILD", ROOT / "build" / "cuda_emulated"))
 
@@ -69,8 +74,45 @@ class EmulatedLibrary:
         self.bnb_emulation_set_reversed(int(reversed_threads))
 
 
+class GPULibrary:
+    """The library of the package and the current device and stream, in place of the emulation."""
+
+    def __init__(self):
+        if not cextension.lib.compiled_with_cuda:
+            raise RuntimeError("BNB_TEST_DEVICE=cuda, but the package has loaded no CUDA library: build one with `make cuda`")
+        self._lib = cextension.lib._lib
+
+    def __getattr__(self, name: str):
+        return getattr(self._lib, name)
+
+    def __getitem__(self, name: str):
+        return getattr(self._lib, name)
+
+    @property
+    def where(self):
+        return torch.cuda.current_device(), ct.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+    def be(self, capability: int | None = None, reversed_threads: bool = False) -> None:
+        """A GPU is what it is."""
+        if capability is not None and capability != 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]:
+            pytest.skip(f"this GPU is not of capability {capability}")
+
+
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device that new tensors are on."""
+    return tensor.to(torch.get_default_device())
+
+
+@pytest.fixture
+def emulated_only():
+    if ON_GPU:
+        pytest.skip("needs operands in the host's memory")
+
+
 @pytest.fixture(scope="session")
 def emulated_library():
+    if ON_GPU:
+        return GPULibrary()
     if shutil.which("cmake") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("building the emulated CUDA library takes CMake and a C++ compiler")
     return EmulatedLibrary(build_emulated_library())
@@ -79,6 +121,11 @@ def emulated_library():
 @pytest.fixture
 def cuda_once(emulated_library):
     """The emulated library, also behind the functions of the backend."""
+    if ON_GPU:
+        torch.set_default_device("cuda")
+        yield emulated_library
+        torch.set_default_device(None)
+        return
     emulated_library.be()
     native.use_library(emulated_library, lambda tensor: EmulatedLibrary.where)
     yield emulated_library
@@ -86,7 +133,7 @@ def cuda_once(emulated_library):
     emulated_library.be()
 
 
-@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+@pytest.fixture(params=[False] if ON_GPU else [False, True], ids=["gpu"] if ON_GPU else ["ascending", "descending"])
 def cuda(cuda_once, request):
     cuda_once.be(reversed_threads=request.param)
     return cuda_once

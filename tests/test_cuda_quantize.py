@@ -4,7 +4,7 @@ import ctypes as ct
 
 from helpers import FLOAT_DTYPES, QUANT_TYPES, bell
 from native_cpu import FP4_THRESHOLDS, NF4_THRESHOLDS, at_page_edge
-from native_cuda import cuda, cuda_once, emulated_library, same_bits_but_any_nan  # noqa: F401  (fixtures among them)
+from native_cuda import ON_GPU, cuda, cuda_once, emulated_library, emulated_only, here, same_bits_but_any_nan  # noqa: F401  (fixtures among them)
 import numpy as np
 import pytest
 import torch
@@ -47,11 +47,11 @@ def near_thresholds(thresholds: np.ndarray, blocksize: int) -> torch.Tensor:
     padded = np.zeros((rows, blocksize), np.float32)
     padded[:, 0] = 1
     padded[:, 1:].flat[: values.size] = values
-    return torch.from_numpy(padded.reshape(-1))
+    return here(torch.from_numpy(padded.reshape(-1)))
 
 
 def signed_map():
-    return functional.create_dynamic_map(True)
+    return here(functional.create_dynamic_map(True))
 
 
 def assert_4bit_is_right(x, blocksize, quant_type):
@@ -123,10 +123,11 @@ CODES = {
 
 @pytest.mark.parametrize("name", CODES)
 def test_8bit_codes_of_large_tensors_come_from_cells_or_a_search(cuda_once, name):
-    code = CODES[name]()
-    edges = near_thresholds(codebooks.midpoints(code).numpy(), 256)
-    elements_per_multiprocessor = 75 * 256 * 4
-    x = torch.cat([edges, awkward(4 * elements_per_multiprocessor + 300 - edges.numel(), torch.float32)])
+    code = here(CODES[name]())
+    edges = near_thresholds(codebooks.midpoints(code).cpu().numpy(), 256)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if ON_GPU else 4
+    worth_a_table = multiprocessors * 75 * 256 * 4
+    x = torch.cat([edges, awkward(worth_a_table + 300 - edges.numel(), torch.float32)])
     assert_8bit_is_right(x, code, 256)
     assert_8bit_is_right(x.to(torch.bfloat16), code, 512)
 
@@ -266,7 +267,7 @@ def test_bad_arguments_are_a_status(cuda_once, wrong):
 
 
 @pytest.mark.parametrize("n, blocksize", [(1001, 64), (4096 + 8, 4096), (999, 33)])
-def test_nothing_beyond_the_operands_is_read_or_written(cuda_once, n, blocksize):
+def test_nothing_beyond_the_operands_is_read_or_written(cuda_once, emulated_only, n, blocksize):  # noqa: F811
     """Every operand ends where an unreadable page begins."""
     x, code = at_page_edge(awkward(n, torch.float32).numpy(), at_end=True), at_page_edge(signed_map().numpy(), at_end=True)
     absmax = at_page_edge(np.zeros(-(-n // blocksize), np.float32), at_end=True)
