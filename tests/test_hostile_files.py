@@ -89,3 +89,27 @@ def test_a_hostile_optimizer_state_is_refused_and_leaves_the_optimizer_as_it_was
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ what no file holds, but a dict may
+WITHOUT_DATA = [("meta", lambda tensor: tensor.to("meta")), ("sparse", lambda tensor: tensor.to_sparse())]
+
+
+@pytest.mark.parametrize("damage", [damage for _, damage in WITHOUT_DATA], ids=[name for name, _ in WITHOUT_DATA])
+@pytest.mark.parametrize(
+    "kind, key",
+    [("linear4bit", "weight"), ("linear4bit", "weight.absmax"), ("linear4bit", "weight.quant_map"), ("linear8bit", "weight"), ("linear8bit", "SCB")],
+)
+def test_tensors_without_data_are_refused(kind, key, damage):
+    layer = LAYERS[kind]().to("cpu")
+    before, saved = contents(layer), dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match="dense tensor with data") as caught:
+        layer.load_state_dict(saved | {key: damage(saved[key])})
+    assert "weight" in str(caught.value) or "SCB" in str(caught.value)
+    assert_same_contents(before, contents(layer))
+
+
+def test_a_weight_on_the_meta_device_may_be_assigned():
+    layer = LAYERS["linear4bit"]().to("cpu")
+    layer.load_state_dict({key: value.to("meta") if key == "weight" else value for key, value in layer.state_dict().items()}, assign=True)
+    assert layer.weight.is_meta

@@ -51,7 +51,7 @@ def test_papers_are_in_order():
 def test_constraints_pin_every_direct_requirement():
     pinned = {re.split(r"[=<>~! ;\[]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalpha()}
     project = (ROOT / "pyproject.toml").read_text()
-    for table in ("dependencies", "test", "quickstart"):
+    for table in ("dependencies", "test", "quickstart", "lint", "wheel"):
         listed = re.search(rf"^{table} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL).group(1)
         names = {re.split(r"[=<>~!\[]", name)[0].lower() for name in re.findall(r'"([^"]+)"', listed)}
         assert names and names <= pinned, f"{table}: {sorted(names - pinned)} have no tested version"
@@ -112,3 +112,30 @@ assert (bitsandbytes.functional.dequantize_4bit(packed, state) - x).abs().mean()
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------- the native library
+OLDEST_GLIBC = (2, 27)  # what the tag of a wheel promises; Linux distributions of 2018 have it
+LIBRARIES = sorted(PACKAGE.glob("libbitsandbytes_cpu.so"))
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no native library for Linux is built here")
+def test_native_library_asks_for_no_newer_system_than_wheels_promise():
+    versions = {tuple(map(int, version.split(b"."))) for version in re.findall(rb"\0GLIBC_([0-9.]+)(?=\0)", LIBRARIES[0].read_bytes())}
+    assert versions and max(versions) <= OLDEST_GLIBC
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no native library for Linux is built here")
+def test_native_library_exports_its_c_interface_and_nothing_else():
+    listed = subprocess.run(["nm", "-D", "--defined-only", str(LIBRARIES[0])], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+    assert "bnb_cpu_gemm_4bit" in names
+    strangers = {name for name in names if not re.match(r"bnb_|c?dequantize_|cquantize_|gemv_|has_avx512", name)}
+    assert strangers == set()
+
+
+def test_driver_of_the_native_library_knows_every_function():
+    """One that is declared and not checked without Python would go unnoticed on emulated processors and by the sanitisers."""
+    declared = set(re.findall(r"BNB_API [^;(]*?\bbnb_(\w+)\(", (ROOT / "csrc" / "api" / "api.h").read_text()))
+    known = set(re.findall(r"^    X\((\w+)\)", (ROOT / "tests" / "native" / "support.h").read_text(), re.MULTILINE))
+    assert declared and declared == known

@@ -6,6 +6,7 @@ run.py --target NAME --seed N --rounds 1.
 
 import argparse
 import faulthandler
+import logging
 from pathlib import Path
 import resource
 import subprocess
@@ -35,6 +36,7 @@ def fuzz(chosen: argparse.Namespace) -> int:
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     from hypothesis import HealthCheck, Phase, seed, settings  # after the paths are set, as the next
     import targets
 
