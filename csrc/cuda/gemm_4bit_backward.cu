@@ -73,6 +73,7 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct B
 
     __device__ __forceinline__ uint32_t first_column() const { return blockIdx.x * uint32_t(8 * StepOfWarp::kColumns); }
     __device__ __forceinline__ uint32_t own_row(uint32_t n) const { return n + uint32_t(lane_index() % 4 * kOwnRows); }
+    __device__ __forceinline__ uint32_t block_of(uint32_t n, int r) const { return uint32_t((int64_t(own_row(n) + r) * args.K + column) >> shift); }
     // Four rows exist together: N is a multiple of 8.
     __device__ __forceinline__ bool has_rows(uint32_t n) const { return n < end && own_row(n) < uint32_t(args.N); }
 
@@ -95,13 +96,13 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct B
         }
     }
 
-    __device__ __forceinline__ void fetch_scales(RawScale<nested> (&scales)[kOwnRows], uint32_t n) const {
+    __device__ __forceinline__ void fetch_scales(RawScale (&scales)[kOwnRows], uint32_t n) const {
         const bool exists = has_rows(n);
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
-            scales[r] = {};
+            scales[r] = 0;
             if (exists)
-                scales[r] = fetch_scale<nested>(args.scales, uint32_t((int64_t(own_row(n) + r) * args.K + column) >> shift));
+                scales[r] = fetch_scale<nested>(args.scales, block_of(n, r));
         }
     }
 
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
         warp.fetch(first + stage * kStride, stage);
         copy_async_commit();
     }
-    RawScale<nested> raw[kOwnRows];
+    RawScale raw[kOwnRows];
     warp.fetch_scales(raw, first);
     fill_float_pairs<kStep>(warp.table, level_of_code(args, levels, lane_index() % 16));
     __syncthreads();
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
         float scales[kOwnRows];
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r)
-            scales[r] = warp.has_rows(n) ? decode_scale<nested>(args.scales, raw[r], offset) : 0.0f;
+            scales[r] = warp.has_rows(n) ? decode_scale<nested>(args.scales, raw[r], warp.block_of(n, r), offset) : 0.0f;
         warp.fetch_scales(raw, n + kStride);
         copy_async_wait<kStages - 2>();
         warp.fetch(n + (kStages - 1) * kStride, stage == 0 ? kStages - 1 : stage - 1); // what the step before has read

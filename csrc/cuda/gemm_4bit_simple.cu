@@ -18,11 +18,19 @@ struct SimpleTable {
     float level[16];
 };
 
+// Which block an element is in. Division is for odd block sizes, and then in 32 bits: in 64 it would be a function call.
+struct QuickBlockOf {
+    uint32_t blocksize;
+    int shift; // -1: not a power of two
+
+    __device__ __forceinline__ int64_t operator()(int64_t element) const { return shift >= 0 ? element >> shift : uint32_t(element) / blocksize; }
+};
+
 // The K codes of one row, one or kCodes at a time.
 struct Row {
     const uint8_t* codes;
     const BlockScales& scales;
-    const BlockOf& block_of;
+    const QuickBlockOf& block_of;
     const float* level;
     int64_t begin; // of the row in the flat order of elements
 
@@ -55,7 +63,7 @@ __device__ __forceinline__ void add_codes(float (&sums)[kTokens], const Row& row
 
 template <typename T, int kTokens, bool vectors>
 __global__ void __launch_bounds__(kWarps* kWarpSize) gemm_4bit_simple(const __grid_constant__ GemmArgs4bit args, const __grid_constant__ Levels16 levels,
-                                                                      const __grid_constant__ BlockOf block_of) {
+                                                                      const __grid_constant__ QuickBlockOf block_of) {
     SimpleTable& table = shared_variable<SimpleTable>();
     if (threadIdx.x < 16)
         table.level[threadIdx.x] = level_of_code(args, levels, int(threadIdx.x));
@@ -93,12 +101,18 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) gemm_4bit_simple(const __gr
 }
 
 constexpr int64_t kMostBlocksY = 65535;
+constexpr int64_t kMostToDivide = UINT32_MAX;
 
 template <typename T, int kTokens, bool vectors> int32_t run(const GemmArgs4bit& args, Stream stream) {
     const int64_t token_blocks = divide_up(args.M, kTokens);
     const dim3 grid(unsigned(divide_up(args.N, kWarps)), unsigned(token_blocks < kMostBlocksY ? token_blocks : kMostBlocksY));
+    int shift = BlockOf(args.blocksize).shift;
+    if (shift < 0 && args.N * args.K > kMostToDivide)
+        return kUnsupported;
+    if (shift < 0 && args.blocksize > kMostToDivide)
+        shift = 62; // there is only one block
     return launch(gemm_4bit_simple<T, kTokens, vectors>, grid, dim3(kWarps * kWarpSize), 0, stream, args, levels_of_type(args.quant_type),
-                  BlockOf(args.blocksize));
+                  QuickBlockOf{uint32_t(args.blocksize), shift});
 }
 
 } // namespace

@@ -71,27 +71,22 @@ struct RowBlocks {
     __device__ __forceinline__ uint32_t block(int column, int shift) const { return first + uint32_t((start + column) >> shift); }
 };
 
-// A scale as it comes from memory. Fetching and decoding are apart so that a kernel can fetch early.
-template <bool nested> struct RawScale {
-    float absmax;
-};
-template <> struct RawScale<true> {
-    float absmax;
-    uint32_t code;
-};
+// A scale as it comes from memory, its float or its code. Fetching and decoding are apart so that a kernel can fetch early. What else decoding needs, a
+// table and a float for 256 blocks, stays in the first-level cache.
+using RawScale = uint32_t;
 
-template <bool nested> __device__ __forceinline__ RawScale<nested> fetch_scale(const BlockScales& scales, uint32_t block) {
+template <bool nested> __device__ __forceinline__ RawScale fetch_scale(const BlockScales& scales, uint32_t block) {
     if constexpr (nested)
-        return {__ldg(scales.absmax + (block >> kNestedBlockShift)), __ldg(scales.absmax_8bit + block)};
+        return __ldg(scales.absmax_8bit + block);
     else
-        return {__ldg(scales.absmax + block)};
+        return float_bits(__ldg(scales.absmax + block));
 }
 
-template <bool nested> __device__ __forceinline__ float decode_scale(const BlockScales& scales, const RawScale<nested>& raw, float offset) {
+template <bool nested> __device__ __forceinline__ float decode_scale(const BlockScales& scales, RawScale raw, uint32_t block, float offset) {
     if constexpr (nested)
-        return __fadd_rn(__fmul_rn(__ldg(scales.absmax_code + raw.code), raw.absmax), offset);
+        return __fadd_rn(__fmul_rn(__ldg(scales.absmax_code + raw), __ldg(scales.absmax + (block >> kNestedBlockShift))), offset);
     else
-        return raw.absmax;
+        return float_from_bits(raw);
 }
 
 template <bool nested> __device__ __forceinline__ float scale_offset(const BlockScales& scales) {

@@ -73,6 +73,8 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
     }
     __device__ __forceinline__ uint32_t own_column(uint32_t first) const { return first + uint32_t(lane_index() % 4 * 32); }
 
+    __device__ __forceinline__ uint32_t block_of(int r, uint32_t first) const { return blocks[r].block(int(own_column(first)), shift); }
+
     // Starts to copy a chunk. Activations beyond the last token or column become zeros; codes there are left as they are and get scale 0.
     __device__ __forceinline__ void fetch(uint32_t first, int stage) const {
         if (first >= end)
@@ -91,13 +93,13 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
         }
     }
 
-    __device__ __forceinline__ void fetch_scales(RawScale<nested> (&scales)[kOwnRows], uint32_t first) const {
+    __device__ __forceinline__ void fetch_scales(RawScale (&scales)[kOwnRows], uint32_t first) const {
         const uint32_t k = own_column(first);
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
-            scales[r] = {};
+            scales[r] = 0;
             if (first < end && k < K)
-                scales[r] = fetch_scale<nested>(args.scales, blocks[r].block(int(k), shift));
+                scales[r] = fetch_scale<nested>(args.scales, block_of(r, first));
         }
     }
 
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
         block.fetch(begin + stage * kChunk, stage);
         copy_async_commit();
     }
-    RawScale<nested> raw[kOwnRows];
+    RawScale raw[kOwnRows];
     block.fetch_scales(raw, begin);
     fill_float_pairs<kStep>(block.table, level_of_code(args, levels, lane_index() % 16));
 
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
         float scales[kOwnRows];
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r)
-            scales[r] = block.own_column(first) < block.K ? decode_scale<nested>(args.scales, raw[r], offset) : 0.0f;
+            scales[r] = block.own_column(first) < block.K ? decode_scale<nested>(args.scales, raw[r], block.block_of(r, first), offset) : 0.0f;
         block.fetch_scales(raw, first + kChunk);
         copy_async_wait<kStages - 2>();
         __syncthreads(); // the copies of all threads are there, and nobody reads the chunk before, whose memory is filled next
