@@ -20,11 +20,6 @@
 namespace bnb {
 namespace BNB_ISA {
 
-#if defined(__CUDACC__) && __CUDACC_VER_MAJOR__ >= 13
-constexpr int kParameterBytes = 32764;
-#else
-constexpr int kParameterBytes = 4096;
-#endif
 constexpr int kBlock = int(kOptimizerBlocksize);
 constexpr int kPerLane = kBlock / kWarpSize;
 constexpr int kRuns = kPerLane / 4; // of four elements
@@ -362,11 +357,12 @@ template <int kMoments, bool in_8bit> __device__ __forceinline__ bool can_move_f
     return can;
 }
 
-template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 1024 : kMoments == 2 ? 896 : 640;
-template <bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : 3;
+// As many threads as leave each the registers it needs.
+template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 896 : kMoments == 2 ? 768 : 640;
+template <int kMoments, bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : kMoments < 3 ? 3 : 2;
 
 template <typename Algorithm, bool in_8bit, bool measures>
-__global__ void __launch_bounds__((kThreads<Algorithm::kMoments, in_8bit>), (kBlocksPerMultiprocessor<in_8bit>))
+__global__ void __launch_bounds__((kThreads<Algorithm::kMoments, in_8bit>), (kBlocksPerMultiprocessor<Algorithm::kMoments, in_8bit>))
     step_kernel(const __grid_constant__ StepTable<Algorithm::kMoments, in_8bit> table) {
     constexpr int kMoments = Algorithm::kMoments;
     const StepArgs& args = table.args;

@@ -66,7 +66,7 @@ template <typename Algorithm, bool in_8bit> int32_t launch_steps(const Optimizer
     args.rounds_randomly = tensors.seeds != nullptr;
     args.squares = job.squares;
     const size_t shared_bytes = in_8bit ? lay_out_codes(job.qmaps, kMoments, args.codes) : 0;
-    const int64_t most_blocks = int64_t(kBlocksPerMultiprocessor<in_8bit>) * device_properties().multiprocessors;
+    const int64_t most_blocks = int64_t(kBlocksPerMultiprocessor<kMoments, in_8bit>) * device_properties().multiprocessors;
     for (int64_t first = 0, behind = 0; first < tensors.count; first = behind) {
         behind = fill_table(tensors, first, table);
         const auto run = [&](auto kernel) {

@@ -1,8 +1,6 @@
 // Managed memory, which pages in and out of the device, and the few elementwise functions that are run on it.
 #include "device.h"
 
-#include <cstdlib>
-
 namespace bnb {
 namespace {
 
@@ -59,53 +57,11 @@ int32_t launch_fill_bytes(uint8_t* a, uint8_t value, int64_t n, Stream stream) {
     return launch(fill_bytes_kernel, grid_for(n), dim3(kThreads), 0, stream, a, value, n);
 }
 
-#if defined(BNB_CUDA_EMULATION)
+void* allocate_managed(size_t bytes) { return allocate_pages(bytes); }
+int32_t free_managed(void* p) { return free_pages(p); }
+int32_t prefetch_managed(void* p, size_t bytes, int32_t device, Stream stream) { return move_pages(p, bytes, device, stream); }
 
-void* allocate_managed(size_t bytes) { return malloc(bytes); }
-
-int32_t free_managed(void* p) {
-    free(p);
-    return kOk;
-}
-
-int32_t prefetch_managed(void*, size_t, int32_t, Stream) { return kOk; }
-
-void* allocate_in_order(size_t bytes, Stream) { return malloc(bytes); }
-
-int32_t free_in_order(void* p, Stream) { return free_managed(p); }
-
-#else
-
-void* allocate_managed(size_t bytes) {
-    void* p = nullptr;
-    return check_device(cudaMallocManaged(&p, bytes, cudaMemAttachGlobal)) == kOk ? p : nullptr;
-}
-
-int32_t free_managed(void* p) { return check_device(cudaFree(p)); }
-
-int32_t prefetch_managed(void* p, size_t bytes, int32_t device, Stream stream) {
-    int current = 0, moves_pages = 0;
-    int32_t status = check_device(cudaGetDevice(&current));
-    const int one_of_both = device < 0 ? current : device;
-    if (status == kOk)
-        status = check_device(cudaDeviceGetAttribute(&moves_pages, cudaDevAttrConcurrentManagedAccess, one_of_both));
-    if (status != kOk || moves_pages == 0)
-        return status;
-#if CUDART_VERSION >= 13000
-    const cudaMemLocation place{device < 0 ? cudaMemLocationTypeHost : cudaMemLocationTypeDevice, device < 0 ? 0 : device};
-    return check_device(cudaMemPrefetchAsync(p, bytes, place, 0, static_cast<cudaStream_t>(stream)));
-#else
-    return check_device(cudaMemPrefetchAsync(p, bytes, device < 0 ? cudaCpuDeviceId : device, static_cast<cudaStream_t>(stream)));
-#endif
-}
-
-void* allocate_in_order(size_t bytes, Stream stream) {
-    void* p = nullptr;
-    return check_device(cudaMallocAsync(&p, bytes, static_cast<cudaStream_t>(stream))) == kOk ? p : nullptr;
-}
-
-int32_t free_in_order(void* p, Stream stream) { return check_device(cudaFreeAsync(p, static_cast<cudaStream_t>(stream))); }
-
-#endif
+void* allocate_in_order(size_t bytes, Stream stream) { return allocate_on_stream(bytes, stream); }
+int32_t free_in_order(void* p, Stream stream) { return free_on_stream(p, stream); }
 
 } // namespace bnb

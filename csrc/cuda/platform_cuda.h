@@ -8,9 +8,17 @@
 #include <tuple>
 #include <utility>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700 // these make a copy of a parameter that is looked up by a variable index
+#undef __grid_constant__
+#define __grid_constant__
+#endif
+
 namespace bnb {
 
 constexpr int kWarpSize = 32;
+
+// What the arguments of a kernel may take; before CUDA 13 there were GPUs that take no more.
+constexpr int kParameterBytes = __CUDACC_VER_MAJOR__ >= 13 ? 32764 : 4096;
 
 // --------------------------------------------------------------------------------------------------------------------- warps
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
@@ -171,6 +179,38 @@ inline DeviceProperties ask_device(int device) {
     return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
             attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
+
+// ---------------------------------------------------------------------------------------------------------------- host: memory
+// Null: there is none left. What is allocated on a stream exists in its order.
+inline void* allocate_pages(size_t bytes) {
+    void* p = nullptr;
+    return check_device(cudaMallocManaged(&p, bytes, cudaMemAttachGlobal)) == kOk ? p : nullptr;
+}
+
+inline int32_t free_pages(void* p) { return check_device(cudaFree(p)); }
+
+// To a device, or to the host if it is negative. Nothing where the GPU cannot fetch pages on its own.
+inline int32_t move_pages(void* p, size_t bytes, int32_t device, Stream stream) {
+    int can_fetch = 0, own = 0;
+    int32_t status = device < 0 ? check_device(cudaGetDevice(&own)) : int32_t(kOk);
+    if (status == kOk)
+        status = check_device(cudaDeviceGetAttribute(&can_fetch, cudaDevAttrConcurrentManagedAccess, device < 0 ? own : device));
+    if (status != kOk || !can_fetch)
+        return status;
+#if CUDART_VERSION >= 13000
+    const cudaMemLocation place{device < 0 ? cudaMemLocationTypeHost : cudaMemLocationTypeDevice, device < 0 ? 0 : device};
+    return check_device(cudaMemPrefetchAsync(p, bytes, place, 0, static_cast<cudaStream_t>(stream)));
+#else
+    return check_device(cudaMemPrefetchAsync(p, bytes, device < 0 ? cudaCpuDeviceId : device, static_cast<cudaStream_t>(stream)));
+#endif
+}
+
+inline void* allocate_on_stream(size_t bytes, Stream stream) {
+    void* p = nullptr;
+    return check_device(cudaMallocAsync(&p, bytes, static_cast<cudaStream_t>(stream))) == kOk ? p : nullptr;
+}
+
+inline int32_t free_on_stream(void* p, Stream stream) { return check_device(cudaFreeAsync(p, static_cast<cudaStream_t>(stream))); }
 
 // -------------------------------------------------------------------------------------------------------------- host: launches
 constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;

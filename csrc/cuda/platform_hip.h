@@ -18,6 +18,8 @@
 #define __all_sync(mask, vote) __all(vote)
 #define __syncwarp(...) __builtin_amdgcn_wave_barrier()
 
+#define __grid_constant__
+
 namespace bnb {
 
 #if defined(__GFX9__) // the CDNA family
@@ -25,6 +27,8 @@ constexpr int kWarpSize = 64;
 #else
 constexpr int kWarpSize = 32;
 #endif
+
+constexpr int kParameterBytes = 4096; // what the arguments of a kernel may take
 
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
@@ -102,6 +106,33 @@ inline DeviceProperties ask_device(int device) {
     };
     return {1, attribute(hipDeviceAttributeMultiprocessorCount), attribute(hipDeviceAttributeMaxSharedMemoryPerBlock)};
 }
+
+// ---------------------------------------------------------------------------------------------------------------- host: memory
+// Null: there is none left. What is allocated on a stream exists in its order.
+inline void* allocate_pages(size_t bytes) {
+    void* p = nullptr;
+    return check_device(hipMallocManaged(&p, bytes, hipMemAttachGlobal)) == kOk ? p : nullptr;
+}
+
+inline int32_t free_pages(void* p) { return check_device(hipFree(p)); }
+
+// To a device, or to the host if it is negative. Nothing where the GPU cannot fetch pages on its own.
+inline int32_t move_pages(void* p, size_t bytes, int32_t device, Stream stream) {
+    int can_fetch = 0, own = 0;
+    int32_t status = device < 0 ? check_device(hipGetDevice(&own)) : int32_t(kOk);
+    if (status == kOk)
+        status = check_device(hipDeviceGetAttribute(&can_fetch, hipDeviceAttributeConcurrentManagedAccess, device < 0 ? own : device));
+    if (status != kOk || !can_fetch)
+        return status;
+    return check_device(hipMemPrefetchAsync(p, bytes, device < 0 ? hipCpuDeviceId : device, static_cast<hipStream_t>(stream)));
+}
+
+inline void* allocate_on_stream(size_t bytes, Stream stream) {
+    void* p = nullptr;
+    return check_device(hipMallocAsync(&p, bytes, static_cast<hipStream_t>(stream))) == kOk ? p : nullptr;
+}
+
+inline int32_t free_on_stream(void* p, Stream stream) { return check_device(hipFreeAsync(p, static_cast<hipStream_t>(stream))); }
 
 // -------------------------------------------------------------------------------------------------------------- host: launches
 template <typename... Parameters, typename... Arguments>

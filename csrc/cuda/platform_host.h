@@ -6,6 +6,7 @@
 #include "../common/types.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <tuple>
 #include <utility>
 
@@ -217,6 +218,8 @@ namespace bnb {
 
 constexpr int kWarpSize = emulation::kWarpSize;
 
+constexpr int kParameterBytes = 4096;
+
 inline uint32_t warp_max(uint32_t value) { return emulation::combine_lanes<uint32_t, emulation::larger<uint32_t>>(~0u, value); }
 
 // ---------------------------------------------------------------------------------------------------------------------- shared memory
@@ -331,6 +334,16 @@ inline int32_t get_device(int& device) { return device = 0, int32_t(kOk); }
 inline int32_t set_device(int device) { return device == 0 ? int32_t(kOk) : report_device_error("the emulation has one device, number 0"); }
 inline int count_devices() { return 1; }
 inline DeviceProperties ask_device(int) { return {emulation::capability(), 4, emulation::shared_memory_limit()}; }
+
+// ------------------------------------------------------------------------------------------------------------------------ host: memory
+inline void* allocate_pages(size_t bytes) { return malloc(bytes); }
+inline int32_t free_pages(void* p) {
+    free(p);
+    return kOk;
+}
+inline int32_t move_pages(void*, size_t, int32_t, Stream) { return kOk; }
+inline void* allocate_on_stream(size_t bytes, Stream) { return malloc(bytes); }
+inline int32_t free_on_stream(void* p, Stream) { return free_pages(p); }
 
 // ---------------------------------------------------------------------------------------------------------------------- host: launches
 template <typename... Parameters, typename... Arguments>
