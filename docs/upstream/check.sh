@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Shows what each fix changes, on copies of a checkout of the published library: its regression test fails without the fix and passes with it,
+# and the test files of the library that exercise the same code fail nowhere where they did not fail before. Everything runs on the CPU.
+#
+#   PYTHON=python3 docs/upstream/check.sh CHECKOUT [FIX...]
+#
+# PYTHON     an interpreter with torch, pytest, einops, scipy, accelerate and the published wheel of bitsandbytes. Nothing is compiled: the
+#            native CPU library of that wheel is put beside the Python sources of the checkout, so the two should be of about the same age.
+#            With transformers installed, the companion change for it is checked as well, on a copy of the installed package.
+# SELECTION  pytest options for the library's own test files. By default benchmarks, slow tests and torch.compile are left out; SELECTION=""
+#            leaves nothing out, and takes hours.
+# FIX        names of folders here; all of them by default.
+#
+# The result is 0 if everything is as it should be.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+checkout=${1:?usage: check.sh CHECKOUT [FIX...]}
+shift
+python=$(command -v "${PYTHON:-python3}") || { echo "There is no interpreter ${PYTHON:-python3}; set PYTHON." >&2; exit 2; }
+selection=(-m "not benchmark and not slow and not deprecated" -k "not compile")
+if [ -n "${SELECTION+given}" ]; then read -ra selection <<< "$SELECTION"; fi
+fixes=("$@")
+if [ ${#fixes[@]} = 0 ]; then for folder in "$here"/[0-9]*/; do fixes+=("$(basename "$folder")"); done; fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export BNB_TEST_DEVICE=cpu PYTHONDONTWRITEBYTECODE=1
+wrong=0
+
+say() { printf '%s\n' "$*"; }
+fail() { say "  NOT AS IT SHOULD BE: $*"; wrong=1; }
+
+# The header of an edits file: "field: words".
+header() { sed -n "s/^$2: //p" "$here/$1/fix.edits"; }
+
+# run TREE LOG PYTEST_ARGUMENTS...: pytest with the package of TREE; prints its last line.
+run() {
+    local tree=$1 log=$2 status=0
+    shift 2
+    PYTHONPATH=$tree "$python" -m pytest -q --no-header -p no:cacheprovider -W ignore -rfE "$@" > "$log" 2>&1 || status=$?
+    sed -n 's/^=* *\([0-9].* in [0-9].*s\)[^s]*$/\1/p' "$log" | tail -1
+    return "$status"
+}
+
+# regression FIX_TEST TREE LOG: the test runs from a folder of its own, so that no configuration and no package beside it is picked up.
+regression() {
+    mkdir -p "$work/tests"
+    cp "$1" "$work/tests/"
+    (cd "$work/tests" && run "$2" "$3" --rootdir "$work/tests" "$(basename "$1")")
+}
+
+# before_and_after TEST TREE APPLY...: APPLY is the command that makes the change.
+before_and_after() {
+    local test=$1 tree=$2 line status=0
+    shift 2
+    line=$(regression "$test" "$tree" "$work/before.log") || status=$?
+    say "  without: $line"
+    if [ "$status" != 1 ]; then
+        if grep -q ' skipped' <<< "$line"; then say "  (this machine cannot show the defect)"; else fail "$(basename "$test") was to fail, see below"; tail -20 "$work/before.log"; fi
+    fi
+    "$@" || { fail "the edits do not apply"; return; }
+    status=0
+    line=$(regression "$test" "$tree" "$work/after.log") || status=$?
+    say "  with:    $line"
+    [ "$status" = 0 ] || { fail "$(basename "$test") was to pass, see below"; tail -40 "$work/after.log"; }
+}
+
+failures() { sed -n 's/^\(FAILED\|ERROR\) \([^ ]*\).*/\2/p' "$1" | sort; }
+
+own_tests() {
+    local tree=$1 line status=0
+    shift
+    line=$(cd "$tree" && run "$tree" "$work/own.log" "${selection[@]}" "$@") || status=$?
+    say "  $*: $line"
+    [ "$status" = 0 ] && return
+    failures "$work/own.log" > "$work/now"
+    if [ ! -s "$work/now" ]; then fail "pytest ended with $status"; tail -20 "$work/own.log"; return; fi
+    (cd "$work/base" && run "$work/base" "$work/own-before.log" "${selection[@]}" "$@") > /dev/null || true
+    failures "$work/own-before.log" > "$work/then"
+    say "  failing before as well:"
+    comm -12 "$work/then" "$work/now" | sed 's/^/    /'
+    if [ -n "$(comm -13 "$work/then" "$work/now")" ]; then
+        fail "failing only with the fix:"
+        comm -13 "$work/then" "$work/now" | sed 's/^/    /'
+    fi
+}
+
+mkdir "$work/base"
+git -C "$checkout" archive HEAD | tar -x -C "$work/base"
+wheel=$(cd "$work" && "$python" -c 'import importlib.util as u; print(u.find_spec("bitsandbytes").submodule_search_locations[0])')
+cp "$wheel"/libbitsandbytes_cpu.* "$work/base/bitsandbytes/"
+say "checkout $(git -C "$checkout" log -1 --format='%H of %cs'), native library of the installed wheel $("$python" -c 'from importlib.metadata import version; print(version("bitsandbytes"))')"
+
+for fix in "${fixes[@]}"; do
+    say "$fix"
+    tree=$work/$fix
+    cp -r "$work/base" "$tree"
+    for earlier in $(header "$fix" after); do "$python" "$here/apply.py" "$tree" "$here/$earlier/fix.edits"; done
+    for test in "$here/$fix"/test_*.py; do
+        [[ $test == */test_transformers_* ]] && continue
+        before_and_after "$test" "$tree" "$python" "$here/apply.py" "$tree" "$here/$fix/fix.edits"
+    done
+    read -ra files <<< "$(header "$fix" tests)"
+    own_tests "$tree" "${files[@]}"
+
+    if [ -e "$here/$fix/transformers.edits" ]; then
+        if package=$("$python" -c 'import importlib.util as u; print(u.find_spec("transformers").submodule_search_locations[0])' 2> /dev/null); then
+            say "  transformers $("$python" -c 'from importlib.metadata import version; print(version("transformers"))'), with the unchanged library"
+            mkdir -p "$work/transformers/src"
+            cp -r "$package" "$work/transformers/src/"
+            before_and_after "$here/$fix"/test_transformers_*.py "$work/base:$work/transformers/src" \
+                "$python" "$here/apply.py" "$work/transformers" "$here/$fix/transformers.edits"
+        else
+            say "  transformers is not installed: its companion change is not checked"
+        fi
+    fi
+    rm -rf "$tree"
+done
+
+if [ $# = 0 ]; then
+    say "all of them together"
+    cp -r "$work/base" "$work/all"
+    tests=()
+    for fix in "${fixes[@]}"; do
+        "$python" "$here/apply.py" "$work/all" "$here/$fix/fix.edits" || fail "$fix does not apply after the ones before it"
+        for test in "$here/$fix"/test_*.py; do [[ $test == */test_transformers_* ]] || { cp "$test" "$work/tests/"; tests+=("$(basename "$test")"); }; done
+    done
+    status=0
+    line=$(cd "$work/tests" && run "$work/all" "$work/all.log" --rootdir "$work/tests" "${tests[@]}") || status=$?
+    say "  with:    $line"
+    [ "$status" = 0 ] || { fail "see below"; tail -40 "$work/all.log"; }
+fi
+
+[ "$wrong" = 0 ] && say "everything is as it should be"
+exit "$wrong"
