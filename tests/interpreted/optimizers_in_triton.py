@@ -74,6 +74,28 @@ def test_codes_keep_the_sign_of_every_value(code):
     assert_steps_like_the_reference(case)
 
 
+def test_a_block_without_gradients_keeps_its_codes():
+    case = make_case("adam", {}, [1024], 8, skip_zeros=True)
+    case.g[0][256:512] = 0.0
+    assert_steps_like_the_reference(case)
+    stepped = case.stepped_by(optimizers.optimizer_step)
+    for before, after in zip(case.moments, stepped.moments):
+        assert torch.equal(before[256:512], after[256:512]) and not torch.equal(before, after)
+
+
+def test_which_parameters_share_a_launch():
+    memory, g = torch.zeros(1000), [torch.zeros(5), torch.zeros(5).half(), torch.zeros(5), torch.zeros(0)]
+    apart = [memory[:400], memory[400:688], memory[688:992], memory[:0]]
+    assert optimizers._batches(apart, g, one_by_one=False) == [[0, 2], [1]]
+    assert optimizers._batches(apart, g, one_by_one=True) == [[0], [1], [2], [3]]
+    odd = [memory[:400], memory[400:701], memory[701:]]
+    assert optimizers._batches(odd, g[2:3] * 3, one_by_one=False) == [[0], [1, 2]]
+    overlapping = [memory[:400], memory[399:], memory[:0]]
+    interleaved = [memory.view(500, 2)[:, 0], memory.view(500, 2)[:, 1], memory[:0]]
+    for p in (overlapping, interleaved):
+        assert optimizers._batches(p, g[:3], one_by_one=False) == [[0], [1], [2]]
+
+
 @pytest.mark.parametrize("algorithm", ["lamb", "lars"])
 @pytest.mark.parametrize("bits", [32, 8])
 def test_a_limited_update(algorithm, bits):

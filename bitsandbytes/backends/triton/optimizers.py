@@ -1,14 +1,16 @@
 """Optimizer steps: one kernel for every algorithm, with float32 moments or with blockwise codes of 8 bits.
 
-A program takes a tile [blocks, 256] of one parameter: the 256 elements of a row share the scale of their codes. It reads parameter, gradient and moments
-once and writes parameter and moments once. Algorithm and options are compile-time constants, so a program holds only what it needs; the numbers that
-change from step to step are arguments. What an algorithm computes, and which operations are fused or rounded apart, is said in
+A launch steps many parameters: a table on the device says for each where its tensors lie and which program is its first. A program takes a tile
+[blocks, 256] of one parameter: the 256 elements of a row share the scale of their codes. It reads parameter, gradient and moments once and writes
+parameter and moments once. Algorithm and options are compile-time constants, so a program holds only what it needs; the numbers that change from step
+to step are arguments. What an algorithm computes, and which operations are fused or rounded apart, is said in
 ``backends/default/optimizers.py``.
 
-A limit on the update's norm takes two passes: the first only sums the squares of the update, by program, the second steps.
+A limit on the update's norm takes two passes, parameter by parameter: the first only sums the squares of the update, by program, the second steps.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Optional
 
 import torch
@@ -178,19 +180,55 @@ def _round_randomly(value, index, key, dtype: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------------------- kernel
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit
+def _row_of(table, tensors, program, COLUMNS: tl.constexpr):
+    """The parameter that a program works on: the last one whose first program is not behind it."""
+    low = tensors * 0
+    high = tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_behind = tl.load(table + middle * COLUMNS) > program
+        low = tl.where(is_behind, low, middle)
+        high = tl.where(is_behind, middle, high)
+    return table + low * COLUMNS
+
+
+@triton.jit
+def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + column).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit(do_not_specialize=["tensors"])
 def _step_kernel(
-    p, g, moment0, moment1, moment2, absmax0, absmax1, absmax2, qmap0, qmap1, qmap2, squares, limit_factor, count, key,
+    table, tensors, qmap0, qmap1, qmap2, squares, limit_factor,
     gnorm_scale, decay, step_size, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, mean_correction, root_correction,
+    COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
     ALGORITHM: tl.constexpr, MOMENTS: tl.constexpr, IN_8BIT: tl.constexpr, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, AMSGRAD: tl.constexpr,
     CENTERED: tl.constexpr, HAS_MOMENTUM: tl.constexpr, SKIP_ZEROS: tl.constexpr, SCALES: tl.constexpr, DECAY: tl.constexpr,
     ROUNDS_RANDOMLY: tl.constexpr, MEASURES: tl.constexpr, LIMITED: tl.constexpr, BLOCKS: tl.constexpr, BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
     """
+    ``table``: see _Batch. ``ALIGNED``: 16 divides all addresses and counts in it. ``P`` and ``G``: types of parameters and gradients.
     ``decay``: a factor on the parameter where ``DECAY`` is "decoupled", else the factor with which the parameter is added to the gradient.
     ``step_size``: what a direction of one adds to the parameter. ``MEASURES``: only write the sum of squares of the direction.
     """
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    row = _row_of(table, tensors, tl.program_id(0), COLUMNS)
+    count = tl.load(row + 1)
+    if ALIGNED:
+        count = tl.multiple_of(count, 16)
+    key = tl.load(row + 2).to(tl.uint32)
+    p = _pointer(row, 3, P, ALIGNED)
+    g = _pointer(row, 4, G, ALIGNED)
+    moment0 = _pointer(row, 5, tl.uint8 if IN_8BIT else tl.float32, ALIGNED)
+    moment1 = _pointer(row, 6, tl.uint8 if IN_8BIT else tl.float32, ALIGNED)
+    moment2 = _pointer(row, 7, tl.uint8 if IN_8BIT else tl.float32, ALIGNED)
+    absmax0 = _pointer(row, 8, tl.float32, ALIGNED)
+    absmax1 = _pointer(row, 9, tl.float32, ALIGNED)
+    absmax2 = _pointer(row, 10, tl.float32, ALIGNED)
+    block = (tl.program_id(0) - tl.load(row)) * BLOCKS + tl.arange(0, BLOCKS)
     has_block = block * BLOCKSIZE < count
     index = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     inside = index < count
@@ -233,8 +271,8 @@ def _step_kernel(
             m1 = tl.where(touched, m1, old1)
             m2 = tl.where(touched, m2, old2)
         if ROUNDS_RANDOMLY:
-            value = _round_randomly(value, index, key.to(tl.uint32), p.dtype.element_ty)
-        tl.store(p + index, value.to(p.dtype.element_ty), mask=inside)
+            value = _round_randomly(value, index, key, P)
+        tl.store(p + index, value.to(P), mask=inside)
 
         if IN_8BIT:  # codes cannot say NaN, and an infinite scale would spoil the block: such an element starts anew
             finite = inside & _is_finite(m0)
@@ -261,38 +299,62 @@ def _step_kernel(
 # --------------------------------------------------------------------------------------------------------------------------- host
 
 
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_MOST_MOMENTS = 3
+
+
 @dataclass(frozen=True)
-class _Step:
-    """One step of one parameter. ``absmax`` and ``qmaps`` are empty for float32 moments."""
+class _Batch:
+    """Parameters that one launch steps, all tensors without gaps, gradients of one type.
+
+    ``moments`` and ``absmax`` have a list for each parameter; those of ``absmax``, and ``qmaps``, are empty for float32 moments. ``seeds`` is empty or
+    has one for each.
+    """
 
     name: str
     settings: Settings
-    p: torch.Tensor
-    g: torch.Tensor
+    p: list
+    g: list
     moments: list
     absmax: list
     qmaps: list
     skip_zeros: bool
-    seed: Optional[int] = None
+    seeds: list
+
+    def _table(self) -> tuple[torch.Tensor, int, bool]:
+        """A row for each parameter: first program, count, key of the random numbers, addresses of parameter, gradient, moments and statistics.
+
+        Beside it the number of programs, and whether 16 divides all counts and addresses.
+        """
+        rows, first = [], 0
+        for i, p in enumerate(self.p):
+            addresses = [t.data_ptr() for t in (p, self.g[i], *_filled_up(self.moments[i], p), *_filled_up(self.absmax[i], p))]
+            rows.append([first, p.numel(), self._key(i), *addresses])
+            first += programs(p)
+        aligned = all(number % 16 == 0 for row in rows for number in (row[1], *row[3:]))
+        return torch.tensor(rows, dtype=torch.int64).to(self.p[0].device), first, aligned
+
+    def _key(self, i: int) -> int:
+        return mix((mix(self.seeds[i] & 0xFFFFFFFF) + self.settings.step) & 0xFFFFFFFF) if self.seeds else 0
 
     def launch(self, squares: Optional[torch.Tensor] = None, limit_factor: Optional[torch.Tensor] = None) -> None:
         """With ``squares`` it only measures."""
-        s, p, dummy = self.settings, self.p, self.p
+        s, dtype = self.settings, self.p[0].dtype
         algorithm = _KERNEL_OF.get(self.name, self.name)
         decay, decay_factor = self._decay()
-        moments, absmax, qmaps = (list(tensors) + [dummy] * (3 - len(tensors)) for tensors in (self.moments, self.absmax, self.qmaps))
-        key = 0 if self.seed is None else mix((mix(self.seed & 0xFFFFFFFF) + s.step) & 0xFFFFFFFF)
+        table, grid, aligned = self._table()
         mean_correction, root_correction = bias_corrections(s)
         eps = root_correction * s.eps if algorithm == "adam" else s.eps
         launch(
-            _step_kernel, (programs(p),), p, self.g, *moments, *absmax, *qmaps, dummy if squares is None else squares,
-            dummy if limit_factor is None else limit_factor, p.numel(), key, *map(float, (
+            _step_kernel, (grid,), table, len(table), *_filled_up(self.qmaps, table), table if squares is None else squares,
+            table if limit_factor is None else limit_factor, *map(float, (
                 s.gnorm_scale, decay_factor, -s.lr * self.factor, s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, s.beta3, 1.0 - s.beta3, s.alpha,
                 eps, mean_correction, root_correction,
             )),
-            ALGORITHM=algorithm, MOMENTS=len(self.moments), IN_8BIT=bool(self.qmaps), FIRST_STEP=s.step == 1 and algorithm == "momentum",
+            COLUMNS=table.shape[1], ALIGNED=aligned, P=_TYPES[dtype], G=_TYPES[self.g[0].dtype],
+            ALGORITHM=algorithm, MOMENTS=len(self.moments[0]), IN_8BIT=bool(self.qmaps), FIRST_STEP=s.step == 1 and algorithm == "momentum",
             NESTEROV=s.nesterov, AMSGRAD=s.amsgrad, CENTERED=s.centered, HAS_MOMENTUM=algorithm == "rmsprop" and s.beta2 > 0.0,
-            SKIP_ZEROS=self.skip_zeros, SCALES=s.gnorm_scale != 1.0, DECAY=decay, ROUNDS_RANDOMLY=self.seed is not None and p.dtype != torch.float32,
+            SKIP_ZEROS=self.skip_zeros, SCALES=s.gnorm_scale != 1.0, DECAY=decay, ROUNDS_RANDOMLY=bool(self.seeds) and dtype != torch.float32,
             MEASURES=squares is not None, LIMITED=limit_factor is not None, BLOCKS=_BLOCKS, BLOCKSIZE=OPTIMIZER_BLOCKSIZE,
         )  # fmt: skip
 
@@ -309,8 +371,8 @@ class _Step:
         return ("decoupled", 1.0 - s.lr * s.weight_decay) if ALGORITHMS[self.name].decouples(s) else ("coupled", s.weight_decay)
 
     def limit(self, max_unorm: float, param_norm, unorm: torch.Tensor) -> torch.Tensor:
-        """The factor that limits the update, float32 [1] on the device; its norm is left in ``unorm``."""
-        squares = torch.zeros(max(programs(self.p), 1), dtype=torch.float32, device=self.p.device)
+        """For a batch of one: the factor that limits the update, a float32 on the device; its norm is left in ``unorm``."""
+        squares = torch.zeros(programs(self.p[0]), dtype=torch.float32, device=unorm.device)
         self.launch(squares=squares)
         norm = squares.sum().sqrt() * self.factor
         unorm.fill_(norm)
@@ -320,6 +382,11 @@ class _Step:
 
 def programs(p: torch.Tensor) -> int:
     return ceil_div(p.numel(), _BLOCKS * OPTIMIZER_BLOCKSIZE)
+
+
+def _filled_up(tensors, filling: torch.Tensor) -> list:
+    """As many as the kernel has places for."""
+    return [*tensors, *[filling] * (_MOST_MOMENTS - len(tensors))]
 
 
 class _Plain:
@@ -335,20 +402,45 @@ class _Plain:
                 tensor.copy_(plain)
 
 
+def _span(p: torch.Tensor) -> tuple[int, int]:
+    """Addresses between which a tensor of any strides lies."""
+    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride())) if p.numel() else -1
+    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _overlap(tensors: list) -> bool:
+    return any(end > start for (_, end), (start, _) in pairwise(sorted(map(_span, tensors))))
+
+
 @torch.no_grad()
-def _run(name, settings, p, g, moments, absmax, qmaps, skip_zeros, max_unorm=0.0, param_norm=None, unorm=None, seed=None) -> None:
-    """Steps one parameter. ``param_norm`` None: its own norm."""
-    written = [_Plain(tensors) for tensors in ((p,), moments, absmax)]
-    (plain_p,), plain_moments, plain_absmax = (tensors.plain for tensors in written)
-    step = _Step(name, settings, plain_p, g.contiguous(), plain_moments, plain_absmax, [q.contiguous() for q in qmaps], skip_zeros, seed)
+def _run(name, settings, p, g, moments, absmax, qmaps, skip_zeros, max_unorm=0.0, param_norm=None, unorm=None, seeds=()) -> None:
+    """Steps parameters. ``moments`` and ``absmax``: a list for each. ``unorm`` and ``param_norm``: of the only one; the latter may be left out."""
+    if not p[0].numel() and max_unorm <= 0.0:
+        return
+    written = [_Plain(tensors) for tensors in (p, *moments, *absmax)]
+    plain_p, *states = (tensors.plain for tensors in written)
+    gradients, tables = [gradient.contiguous() for gradient in g], [qmap.contiguous() for qmap in qmaps]
+    batch = _Batch(name, settings, plain_p, gradients, states[: len(p)], states[len(p) :], tables, skip_zeros, list(seeds))
     limit_factor = None
     if max_unorm > 0.0:
-        param_norm = torch.linalg.vector_norm(p, dtype=torch.float32) if param_norm is None else param_norm
-        limit_factor = step.limit(max_unorm, param_norm, unorm)
-    step.launch(limit_factor=limit_factor)
+        param_norm = torch.linalg.vector_norm(p[0], dtype=torch.float32) if param_norm is None else param_norm
+        limit_factor = batch.limit(max_unorm, param_norm, unorm)
+    batch.launch(limit_factor=limit_factor)
     for tensors in written:
         tensors.write_back()
-    torch.autograd.graph.increment_version(p)  # autograd must know that the value it may have saved is gone
+    for parameter in p:  # autograd must know that the values it may have saved are gone
+        torch.autograd.graph.increment_version(parameter)
+
+
+def _batches(p: list, g: list, one_by_one: bool) -> list[list[int]]:
+    """Numbers of the parameters that one launch can step; programs of a launch run at the same time."""
+    if one_by_one or _overlap(p):
+        return [[i] for i in range(len(p))]
+    alike = {}
+    for i, parameter in enumerate(p):
+        if parameter.numel():
+            alike.setdefault((g[i].dtype, parameter.numel() % 16 == 0), []).append(i)  # odd sizes apart: they are read element by element
+    return list(alike.values())
 
 
 @operator("optimizer_update_32bit")
@@ -358,7 +450,7 @@ def optimizer_update_32bit(
 ):  # fmt: skip
     settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
     moments = rows_of_moments(optimizer_name, state1, state2)
-    _run(optimizer_name, settings, p, g, moments, (), (), skip_zeros, max_unorm, param_norm, unorm_vec)
+    _run(optimizer_name, settings, [p], [g], [moments], [[]], [], skip_zeros, max_unorm, param_norm, unorm_vec)
 
 
 @operator("optimizer_update_8bit_blockwise")
@@ -369,7 +461,7 @@ def optimizer_update_8bit_blockwise(
     settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
     moments, absmax = rows_of_moments(optimizer_name, state1, state2), rows_of_moments(optimizer_name, absmax1, absmax2)
     qmaps = ([qmap1, qmap1, qmap2] if optimizer_name == "ademamix" else [qmap1, qmap2])[: len(moments)]
-    _run(optimizer_name, settings, p, g, moments, absmax, qmaps, skip_zeros)
+    _run(optimizer_name, settings, [p], [g], [moments], [absmax], qmaps, skip_zeros)
 
 
 @operator("optimizer_step")
@@ -381,9 +473,10 @@ def optimizer_step(
         beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, decoupled_weight_decay, bias_correction, nesterov, amsgrad, centered
     )  # fmt: skip
     count = optimizer_moments(algorithm, beta2, amsgrad, centered)
-    for i, parameter in enumerate(p):
-        mine = slice(i * count, (i + 1) * count)
+    limited = max_unorm > 0.0
+    for batch in _batches(p, g, one_by_one=limited):
+        of_each = [[tensors[i * count : (i + 1) * count] for i in batch] for tensors in (moments, absmax)]
         _run(
-            algorithm, settings, parameter, g[i], moments[mine], absmax[mine], qmaps, skip_zeros, max_unorm, None,
-            unorm[i] if max_unorm > 0.0 else None, seeds[i] if seeds else None,
+            algorithm, settings, [p[i] for i in batch], [g[i] for i in batch], *of_each, qmaps, skip_zeros, max_unorm, None,
+            unorm[batch[0]] if limited else None, [seeds[i] for i in batch] if seeds else (),
         )  # fmt: skip
