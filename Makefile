@@ -17,6 +17,9 @@ PUBLISHED_PYTHON ?=
 
 # For `make cuda`: options for CMake, such as -DCOMPUTE_CAPABILITY="80;90".
 CUDA_FLAGS ?=
+# For `make gpu-check`: an interpreter with PyTorch for CUDA and pytest, and the published CUDA library to compare with.
+GPU_PYTHON ?= $(BIN)/python
+PUBLISHED_LIBRARY ?=
 JOBS       ?= $(shell nproc 2>/dev/null || echo 2)
 
 # For `make fuzz`.
@@ -28,7 +31,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 
 CPP_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test lint format build wheel benchmark docs published-tests test-native test-emulated sanitize fuzz cuda cuda-test clean help
+.PHONY: quickstart test lint format build wheel benchmark docs published-tests test-native test-emulated sanitize fuzz cuda cuda-test gpu-check clean help
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -92,6 +95,12 @@ cuda:
 cuda-test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "slow or not slow" tests/test_cuda_build.py tests/test_cuda_emulation.py
 
+gpu-check:
+	cmake -S . -B build/gpu_check -DCOMPUTE_BACKEND=cuda -DCOMPUTE_CAPABILITY="$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)"
+	cmake --build build/gpu_check --parallel $(JOBS)
+	-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(wildcard tests/test_cuda_*.py)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarking/gpu_benchmark.py $(if $(PUBLISHED_LIBRARY),--published $(PUBLISHED_LIBRARY)) $(BENCHMARK_FLAGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/output bitsandbytes/libbitsandbytes_*
 
@@ -107,6 +116,7 @@ help:
 	@echo 'make fuzz             damaged files and arguments for MINUTES=10'
 	@echo 'make cuda             the CUDA library, for every GPU the toolkit knows (CUDA_FLAGS="-DCOMPUTE_CAPABILITY=90": for one)'
 	@echo 'make cuda-test        how nvcc takes the kernels (BNB_TEST_CUDA_ARCHITECTURES=all: for every GPU it knows)'
+	@echo 'make gpu-check        on a machine with an NVIDIA GPU: build for it, test the kernels on it, and time them (GPU_PYTHON=, PUBLISHED_LIBRARY=)'
 	@echo 'make benchmark        speed, against the published wheel with PUBLISHED_PYTHON=/path/to/its/python'
 	@echo 'make docs             the documentation as HTML, in build/docs'
 	@echo 'make published-tests  the published test suite against this package, PUBLISHED=/path/to/its/checkout'

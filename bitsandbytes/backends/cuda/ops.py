@@ -66,7 +66,7 @@ def quantize_blockwise(A, code, blocksize):
     return codes, absmax
 
 
-def _dequantize_blockwise_into(out, A, absmax, code, blocksize):
+def dequantize_blockwise_into(out, A, absmax, code, blocksize):
     A, absmax, code = A.contiguous(), absmax.contiguous(), code.contiguous()
     _dequantize_blockwise(A, code.data_ptr(), A.data_ptr(), absmax.data_ptr(), A.numel(), blocksize, DTYPES[out.dtype], out.data_ptr())
     return out
@@ -74,9 +74,9 @@ def _dequantize_blockwise_into(out, A, absmax, code, blocksize):
 
 @_kernel("dequantize_blockwise")
 def dequantize_blockwise(A, absmax, code, blocksize, dtype):
-    return _dequantize_blockwise_into(torch.empty(A.shape, dtype=dtype, device=A.device), A, absmax, code, blocksize)
+    return dequantize_blockwise_into(torch.empty(A.shape, dtype=dtype, device=A.device), A, absmax, code, blocksize)
 
 
 @_kernel("dequantize_blockwise.out")
 def dequantize_blockwise_out(A, absmax, code, blocksize, dtype, out):
-    written(out, lambda buffer: _dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
+    written(out, lambda buffer: dequantize_blockwise_into(buffer, A, absmax, code, blocksize))
