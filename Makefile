@@ -9,9 +9,9 @@ VENV      ?= .venv
 PIP_FLAGS ?=
 # Further options for pytest, such as -k.
 PYTEST_FLAGS ?= -q
-# For `make published-tests`: a checkout of the published library's repository (its tests directory is used), and what to run of it.
+# For `make published-tests`: a checkout of the published library's repository (its tests directory is used), and files of it; all by default.
 PUBLISHED ?=
-PUBLISHED_TESTS ?= test_functional.py test_ops.py test_autograd.py test_linear4bit.py test_linear8bitlt.py test_modules.py test_optim.py test_parametrize.py
+PUBLISHED_TESTS ?=
 # For `make benchmark`: an interpreter that has the published wheel installed.
 PUBLISHED_PYTHON ?=
 
@@ -61,7 +61,7 @@ wheel: $(VENV)/.wheel $(VENV)/.package
 	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet $(PIP_FLAGS) --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto --exclude 'libcu*' --exclude 'libnv*' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python -m venv --clear build/wheel/venv
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth
+	$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' >$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth
 	build/wheel/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-index --find-links dist --pre bitsandbytes
 	cd build/wheel && venv/bin/python ../../tests/smoke_wheel.py venv
 	@ls -1 dist/*.whl
@@ -74,7 +74,7 @@ docs: $(VENV)/.test
 
 published-tests: $(VENV)/.test
 	@test -d "$(PUBLISHED)/tests" || { echo 'Give a checkout of the published repository: make published-tests PUBLISHED=/path/to/it' >&2; exit 2; }
-	cd "$(PUBLISHED)" && BNB_TEST_DEVICE=$${BNB_TEST_DEVICE:-cpu} $(abspath $(BIN))/python -m pytest -p no:cacheprovider --continue-on-collection-errors $(PYTEST_FLAGS) $(addprefix tests/,$(PUBLISHED_TESTS))
+	BNB_TEST_DEVICE=$${BNB_TEST_DEVICE:-cpu} $(BIN)/python tests/upstream_suite.py "$(PUBLISHED)" $(PYTEST_FLAGS) $(PUBLISHED_TESTS)
 
 test-native:
 	JOBS=$(JOBS) tests/native/check.sh plain
