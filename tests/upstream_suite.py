@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     published, rest = Path(arguments[0]) / "tests", arguments[1:]
-    if not published.is_dir():
+    if not arguments[0] or not published.is_dir():
         print(f"{published} is not a folder; give a checkout of the published repository", file=sys.stderr)
         return 2
     here = str(Path(__file__).resolve().parent)

@@ -9,9 +9,7 @@ import torch
 
 import bitsandbytes as bnb
 
-needs_native_kernel = pytest.mark.skipif(
-    not bnb.functional.has_avx512bf16(), reason="the kernel in question runs on CPUs with AVX512-BF16"
-)
+needs_native_kernel = pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="the kernel in question runs on CPUs with AVX512-BF16")
 
 
 def run(code):
