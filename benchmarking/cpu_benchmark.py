@@ -16,8 +16,10 @@ is compared with the dense fp32 layer first.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 import json
 import os
+from pathlib import Path
 import platform
 import re
 import resource
@@ -26,8 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import cpu_cases
 import torch

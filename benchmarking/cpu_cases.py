@@ -13,17 +13,17 @@ calls that take less than a millisecond are timed in batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 import gc
 import json
 import logging
 import os
+from pathlib import Path
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 

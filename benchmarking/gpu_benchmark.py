@@ -167,7 +167,9 @@ def nvidia_smi(query: str) -> str:
 
 def revision() -> str:
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, timeout=30).stdout.strip() or "unknown"
+        return (
+            subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, timeout=30).stdout.strip() or "unknown"
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -210,7 +212,9 @@ def table(records: list[dict]) -> str:
     """One screen: what was measured, beside the floor, the prediction and the published library."""
     lines = [f"{'case':72} {'us':>10} {'floor':>10} {'of floor':>8} {'predicted':>9} {'times published':>15}"]
     for record in records:
-        named = [str(record["case"])] + [f"{k}={v}" for k, v in record.items() if k in ("n", "M", "N", "K", "dtype", "blocksize", "tensors", "nested")]
+        named = [str(record["case"])] + [
+            f"{k}={v}" for k, v in record.items() if k in ("n", "M", "N", "K", "dtype", "blocksize", "tensors", "nested")
+        ]
         predicted = f"{record['floor_us'] / record['predicted_us']:.2f}" if record["predicted_us"] else ""
         ratio = f"{record['times_published']:.2f}" if "times_published" in record else ""
         lines.append(f"{' '.join(named):72.72} {record['us']:10.2f} {record['floor_us']:10.2f} {record['of_floor']:8.2f} {predicted:>9} {ratio:>15}")

@@ -14,7 +14,8 @@ import torch
 
 from bitsandbytes import functional
 from bitsandbytes.backends.cuda import ops
-from bitsandbytes.backends.cuda.native import DTYPES as DTYPE_CODES, QUANT_TYPES
+from bitsandbytes.backends.cuda.native import DTYPES as DTYPE_CODES
+from bitsandbytes.backends.cuda.native import QUANT_TYPES
 
 MEGABYTES = (1, 64, 1024)  # of the floating-point tensor
 
@@ -49,7 +50,10 @@ class Operands:
         return lambda: function(*arguments, self.machine.stream())
 
     def different_codes(self) -> dict:
-        return {"bytes_that_differ": int((self.codes != self.codes_published).sum()), "scales_that_differ": int((self.absmax != self.absmax_published).sum())}
+        return {
+            "bytes_that_differ": int((self.codes != self.codes_published).sum()),
+            "scales_that_differ": int((self.absmax != self.absmax_published).sum()),
+        }
 
     def different_values(self) -> dict:
         return {"values_that_differ": int((self.out != self.out_published).sum())}

@@ -102,7 +102,9 @@ def _fused_seconds(device: Device, direction: str, M: int, N: int, K: int, plan:
     slots = device.multiprocessors * resident
     busy = min(1.0, count / slots) if count < slots else count / slots / ceil(count / slots)
     weights = N * K * passes
-    cycles = weights / 32 * max(instructions * 32 / SCHEDULED_LANES, wavefronts, 32 * tokens / device.tensor_products * (2 if name == "skinny" else 1))
+    cycles = (
+        weights / 32 * max(instructions * 32 / SCHEDULED_LANES, wavefronts, 32 * tokens / device.tensor_products * (2 if name == "skinny" else 1))
+    )
     compute = cycles / (device.multiprocessors * device.hertz * busy)
     memory = (0.5625 * N * K + 2 * M * (N + K)) / device.bytes_per_second / min(1.0, 1.5 * busy)
     cached = (0.5625 * weights + 2 * M * K * N / covered) / (2 * device.bytes_per_second)

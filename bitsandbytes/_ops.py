@@ -606,8 +606,7 @@ def _fake_int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None
 
 
 _declare(
-    "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, Tensor? bias=None) "
-    "-> (Tensor, Tensor?)",
+    "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
     _check_int8_mixed_scaled_mm,
     fake=_fake_int8_mixed_scaled_mm,
 )

@@ -8,9 +8,9 @@ also has a PyTorch kernel. Nothing is logged on a healthy machine.
 import ctypes as ct
 import logging
 import os
+from pathlib import Path
 import re
 import struct
-from pathlib import Path
 
 import torch
 
@@ -73,7 +73,7 @@ def get_available_cuda_binary_versions() -> list[str]:
 
 
 def parse_cuda_version(version_str: str) -> str:
-    """"118" -> "11.8", on ROCm "713" -> "7.13". Text that is no such number comes back unchanged."""
+    """The dotted form: "118" -> "11.8", on ROCm "713" -> "7.13". Text that is no such number comes back unchanged."""
     try:
         return _dotted(_split_cuda_version(version_str, _is_hip()))
     except ValueError:
@@ -179,9 +179,13 @@ class BNBNativeLibrary:
         self._cpu = cpu_library._lib
 
     def _find(self, name: str):
-        return getattr(self._lib, name, None) or getattr(self._cpu, name, None) or _always_raises(
-            f"{name} is not available in CPU-only builds of bitsandbytes, and this build has no such function. "
-            "Install a build for the accelerator that it runs on."
+        return (
+            getattr(self._lib, name, None)
+            or getattr(self._cpu, name, None)
+            or _always_raises(
+                f"{name} is not available in CPU-only builds of bitsandbytes, and this build has no such function. "
+                "Install a build for the accelerator that it runs on."
+            )
         )
 
 

@@ -31,8 +31,7 @@ INT4_LEVELS = (*range(7, -1, -1), *range(0, -8, -1))
 # Decision magnitudes of FP4, ascending, and the low bits of the code between them. They are the constants of the CUDA kernels,
 # a few units in the last place away from the true midpoints, and they are part of the format: checkpoints were made with them.
 FP4_THRESHOLDS = tuple(
-    float.fromhex(h)
-    for h in ("0x1.555572p-9", "0x1.6p-4", "0x1.aaaaaap-3", "0x1.2aaaaap-2", "0x1.aaaaacp-2", "0x1.2aaaap-1", "0x1.aaaaaap-1")
+    float.fromhex(h) for h in ("0x1.555572p-9", "0x1.6p-4", "0x1.aaaaaap-3", "0x1.2aaaaap-2", "0x1.aaaaacp-2", "0x1.2aaaap-1", "0x1.aaaaaap-1")
 )
 FP4_CODES_BY_MAGNITUDE = (0, 1, 6, 7, 4, 5, 2, 3)
 

@@ -1,7 +1,7 @@
 """Where the package lies, how this platform names a shared library, and where to read more."""
 
-import platform
 from pathlib import Path
+import platform
 
 DYNAMIC_LIBRARY_SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
 

@@ -3,11 +3,11 @@
 Nothing here runs at import: a process that has touched the CUDA runtime cannot use the GPU in forked children any more.
 """
 
+from dataclasses import dataclass
 import functools
 import platform
 import re
 import subprocess
-from dataclasses import dataclass
 
 import torch
 

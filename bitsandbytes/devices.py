@@ -1,8 +1,8 @@
 """What a native call has to know about a tensor: its address, its stream, its device."""
 
+from collections.abc import Iterable
 import contextlib
 import ctypes as ct
-from collections.abc import Iterable
 from typing import Optional
 
 import torch

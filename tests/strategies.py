@@ -1,9 +1,8 @@
 """Hypothesis strategies for the inputs of quantisation: shapes, dtypes, and the values that break things."""
 
+from helpers import FLOAT_DTYPES, bell
 from hypothesis import strategies as st
 import torch
-
-from helpers import FLOAT_DTYPES, bell
 
 KINDS = {
     "bell": lambda x: x,

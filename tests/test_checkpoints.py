@@ -5,7 +5,8 @@ import io
 import json
 
 import pytest
-from safetensors.torch import load as load_safetensors, save as save_safetensors
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 import torch
 from torch import nn
 

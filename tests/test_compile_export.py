@@ -4,13 +4,13 @@ import io
 import logging
 import warnings
 
+from helpers import assert_same_bits, bell, grid
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bitsandbytes as bnb
-from helpers import assert_same_bits, bell, grid
 
 VOCABULARY, WIDTH = 40, 64
 

@@ -24,10 +24,10 @@ from native_cpu import (  # noqa: F401  (fixtures among them)
 )
 import numpy as np
 import pytest
+from strategies import float_dtypes, float_tensors
 import torch
 
 import bitsandbytes  # noqa: F401
-from strategies import float_dtypes, float_tensors
 
 ops = torch.ops.bitsandbytes
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "fp16", "bf16"])

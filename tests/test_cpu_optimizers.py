@@ -65,8 +65,6 @@ def test_any_settings(lib, variant, lengths, bits, dtype, g_dtype, step, numbers
     assert_steps_like_the_reference(make_case(*variant, lengths, bits, dtype, g_dtype, seed, step=step, **numbers))
 
 
-
-
 @variants
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("skip_zeros", [False, True])

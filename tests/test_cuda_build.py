@@ -163,7 +163,9 @@ def test_every_kernel_stays_in_registers(native_build):
     for line in said.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             kernel, kernels = " ".join(match.groups()), kernels + 1
-        elif (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)) and any(map(int, match.groups())):
+        elif (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)) and any(
+            map(int, match.groups())
+        ):
             bad.append((kernel, match.group()))
     assert kernels > 100 and bad == []
 

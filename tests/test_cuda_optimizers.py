@@ -5,9 +5,9 @@ Parameters, moments, codes and their statistics are compared bit for bit. Only t
 
 import ctypes as ct
 
-import numpy as np
 from native_cpu import assert_same_floats, at_page_edge
 from native_cuda import cuda, cuda_once, emulated_library  # noqa: F401
+import numpy as np
 from optimizer_cases import EXTREMES, FLOATS, SCALARS, SIGNED, UNSIGNED, Case, assert_same, make_case, variants
 import pytest
 import torch

@@ -7,7 +7,8 @@ import pickle
 import weakref
 
 from helpers import assert_same_bits, bell, grid, raw_bytes
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 import pytest
 import torch
 from torch import nn

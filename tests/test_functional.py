@@ -4,13 +4,6 @@ import copy
 import ctypes
 from functools import partial
 
-from hypothesis import given
-from hypothesis import strategies as st
-import pytest
-import torch
-
-import bitsandbytes as bnb
-from bitsandbytes import functional as F
 from helpers import (
     BLOCKSIZES_4BIT,
     FLOAT_DTYPES,
@@ -27,7 +20,14 @@ from helpers import (
     raw_bytes,
     short_name,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
 from strategies import float_dtypes, float_tensors, shapes
+import torch
+
+import bitsandbytes as bnb
+from bitsandbytes import functional as F
 
 state_of = partial(quantised, F)
 

@@ -8,13 +8,6 @@ import os
 from pathlib import Path
 import shutil
 
-import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-import torch
-
-import bitsandbytes as bnb
-from bitsandbytes import functional as F
 from golden import cases
 from helpers import (
     assert_same_bits,
@@ -28,6 +21,13 @@ from helpers import (
     short_name,
     unpack,
 )
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+import torch
+
+import bitsandbytes as bnb
+from bitsandbytes import functional as F
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED_PYTHON = os.environ.get("BNB_PUBLISHED_PYTHON")

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
+from golden import cases
+from helpers import assert_same_bits, run_python
 import pytest
 from safetensors.torch import load_file
 import torch
 
 import bitsandbytes as bnb
-from golden import cases
-from helpers import assert_same_bits, run_python
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED_PYTHON = os.environ.get("BNB_PUBLISHED_PYTHON")

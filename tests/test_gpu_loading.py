@@ -35,7 +35,9 @@ lib, cpu_lib = cextension.lib, cextension.cpu_lib
 @pytest.fixture
 def machine_with_gpu(tmp_path, emulated_library):  # noqa: F811
     """Runs a program with a copy of the package that has both libraries, on a machine that seems to have a GPU."""
-    shutil.copytree(PACKAGE_DIR, tmp_path / "bitsandbytes", ignore=shutil.ignore_patterns("libbitsandbytes_[!c]*", "libbitsandbytes_cuda*", "__pycache__"))
+    shutil.copytree(
+        PACKAGE_DIR, tmp_path / "bitsandbytes", ignore=shutil.ignore_patterns("libbitsandbytes_[!c]*", "libbitsandbytes_cuda*", "__pycache__")
+    )
     shutil.copy(emulated_library._lib._name, tmp_path / "bitsandbytes" / "libbitsandbytes_cuda130.so")
 
     def run(program, remove=None):

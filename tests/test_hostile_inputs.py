@@ -12,12 +12,12 @@ from pathlib import Path
 import random
 import sys
 
+from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, bell, model_quantize_4bit, run_python
 import pytest
 import torch
 
 import bitsandbytes  # noqa: F401
 from bitsandbytes import functional as F
-from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, bell, model_quantize_4bit, run_python
 
 ops = torch.ops.bitsandbytes
 CLEAR = (RuntimeError, ValueError, TypeError)

@@ -3,12 +3,12 @@
 import json
 import random
 
+from helpers import bell
 import pytest
 import torch
 
 from bitsandbytes import functional as F
 from bitsandbytes.functional import QuantState
-from helpers import bell
 
 KEY = "quant_state.bitsandbytes__nf4"
 

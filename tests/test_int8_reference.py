@@ -3,16 +3,16 @@
 import os
 import warnings
 
+from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid, run_python, sawtooth, sha, short_name
 from hypothesis import example, given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+from strategies import float_tensors
 import torch
 
 from bitsandbytes import functional as F
 from bitsandbytes.backends.default import int8
-from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid, run_python, sawtooth, sha, short_name
-from strategies import float_tensors
 
 ops = torch.ops.bitsandbytes
 

@@ -61,9 +61,7 @@ def test_a_model_is_quantised_used_saved_and_reloaded(config, quantised, dense_p
     assert torch.equal(logits(load(tmp_path / "sharded")), expected)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_key_value_heads": 1}, {"hidden_size": 48, "intermediate_size": 100}], ids=["few outputs", "odd blocks"]
-)
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"hidden_size": 48, "intermediate_size": 100}], ids=["few outputs", "odd blocks"])
 def test_sizes_that_fit_no_tile(changes, tmp_path):
     model = load(saved(tmp_path, **changes), quantization_config=quantisation())
     assert model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 11)

@@ -44,9 +44,7 @@ def snapshot(linear: Linear4bit):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize(
-    "in_features,out_features", [(96, 48), (64, 10), (96, 64), (32, 1), (65, 7), (1, 8), (128, 32)], ids=lambda size: str(size)
-)
+@pytest.mark.parametrize("in_features,out_features", [(96, 48), (64, 10), (96, 64), (32, 1), (65, 7), (1, 8), (128, 32)], ids=lambda size: str(size))
 def test_any_size_in_any_mode_is_the_dense_product(in_features, out_features, dtype, nested, training):
     linear = layer(in_features, out_features, compress_statistics=nested).train(training)
     for leading in ((), (1,), (7,), (2, 3), (0,)):

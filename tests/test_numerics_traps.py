@@ -7,12 +7,6 @@ are oddities of the format, and rules that hold already. The file needs nothing 
 import copy
 import warnings
 
-import numpy as np
-import pytest
-import torch
-
-import bitsandbytes as bnb
-from bitsandbytes import functional as F
 from helpers import (
     FLOAT_DTYPES,
     FP4_BY_MAGNITUDE,
@@ -29,6 +23,12 @@ from helpers import (
     short_name,
     unpack,
 )
+import numpy as np
+import pytest
+import torch
+
+import bitsandbytes as bnb
+from bitsandbytes import functional as F
 
 ops = torch.ops.bitsandbytes
 

@@ -1,13 +1,5 @@
 """The operators in torch.ops.bitsandbytes: schemas, results, the contract with torch.library, and one truth for every backend."""
 
-from hypothesis import given
-from hypothesis import strategies as st
-import pytest
-import torch
-
-import bitsandbytes  # noqa: F401
-from bitsandbytes import functional as F
-from bitsandbytes.backends.default import ops as reference
 from helpers import (
     BLOCKSIZES_4BIT,
     FLOAT_DTYPES,
@@ -21,7 +13,15 @@ from helpers import (
     model_quantize_4bit,
     short_name,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
 from strategies import float_dtypes, float_tensors
+import torch
+
+import bitsandbytes  # noqa: F401
+from bitsandbytes import functional as F
+from bitsandbytes.backends.default import ops as reference
 
 ops = torch.ops.bitsandbytes
 
@@ -286,9 +286,7 @@ def calls_of_optimizer_step():
 
 
 CALLS = {name.removeprefix("calls_of_"): make for name, make in list(globals().items()) if name.startswith("calls_of_")}
-CALLS |= {
-    name: lambda base=name.removesuffix(".out"): out_calls(CALLS[base], overload(base)) for name in DECLARED if name.endswith(".out")
-}
+CALLS |= {name: lambda base=name.removesuffix(".out"): out_calls(CALLS[base], overload(base)) for name in DECLARED if name.endswith(".out")}
 
 
 @pytest.mark.parametrize("name", DECLARED)

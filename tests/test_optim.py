@@ -4,12 +4,12 @@ import gc
 import inspect
 import warnings
 
+from helpers import assert_same_bits, bell, grid
 import pytest
 import torch
 
 import bitsandbytes as bnb
 from bitsandbytes import optim
-from helpers import assert_same_bits, bell, grid
 
 ADAM = "lr=0.001 betas=(0.9,0.999) eps=1e-08 weight_decay={} amsgrad=False optim_bits=32 args=None min_8bit_size=4096 is_paged=False"
 ADEMAMIX = (

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import accelerate
+from helpers import assert_same_bits, bell, grid
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from bitsandbytes import optim
-from helpers import assert_same_bits, bell, grid
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

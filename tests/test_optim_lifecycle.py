@@ -5,6 +5,8 @@ import io
 from pathlib import Path
 import pickle
 
+from golden import record_optim
+from helpers import assert_same_bits, bell, grid
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
@@ -12,8 +14,6 @@ import torch
 
 from bitsandbytes import functional as F
 from bitsandbytes import optim
-from golden import record_optim
-from helpers import assert_same_bits, bell, grid
 
 GOLDEN = Path(record_optim.__file__).parent
 NESTED = "__bnb_optimizer_quant_state__"

@@ -1,5 +1,6 @@
 """What the optimizers compute: torch.optim and the papers, step by step over hundreds of steps, and every option that changes it."""
 
+from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid
 from hypothesis import given
 from hypothesis import strategies as st
 from lion_pytorch import Lion as ReferenceLion
@@ -10,7 +11,6 @@ import torch
 from bitsandbytes import optim
 from bitsandbytes.backends.default.rounding import mix, random_16_bits, round_stochastically
 from bitsandbytes.optim.algorithms import alpha_at, beta3_at
-from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid
 
 ops = torch.ops.bitsandbytes
 LR = 1e-2

@@ -5,6 +5,7 @@ import os
 import socket
 import traceback
 
+from helpers import assert_same_bits, bell, grid, leave_process_group
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
@@ -26,7 +27,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from bitsandbytes import functional as F
 from bitsandbytes import optim
 from bitsandbytes.optim.sharding import absmax_by_granules, blocks_from_granules
-from helpers import assert_same_bits, bell, grid, leave_process_group
 
 WORLD = 2
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

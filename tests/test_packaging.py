@@ -3,10 +3,10 @@
 import importlib.metadata
 import json
 import os
+from pathlib import Path
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 

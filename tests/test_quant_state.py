@@ -5,12 +5,12 @@ from functools import partial
 import json
 import pickle
 
+from helpers import FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, assert_same_bits, bell, grid, quantised
 import pytest
 import torch
 
 from bitsandbytes import functional as F
 from bitsandbytes.functional import QuantState
-from helpers import FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, assert_same_bits, bell, grid, quantised
 
 state_of = partial(quantised, F)
 

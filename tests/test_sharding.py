@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from helpers import assert_same_bits, bell, grid, leave_process_group, run_python
 import pytest
 import torch
 from torch import nn
@@ -24,7 +25,6 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDi
 import torch.nn.functional as F
 
 import bitsandbytes as bnb
-from helpers import assert_same_bits, bell, grid, leave_process_group, run_python
 
 WORLD, VOCABULARY, WIDTH, CLASSES = 2, 33, 62, 7
 FULL = StateDictOptions(full_state_dict=True)

@@ -2,12 +2,12 @@
 
 import copy
 
+from helpers import assert_same_bits, bell, grid
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bitsandbytes as bnb
-from helpers import assert_same_bits, bell, grid
 
 
 def quantised(shape=(48, 128), **options):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from upstream_suite import surprises
 
 RUNNER = Path(__file__).with_name("upstream_suite.py")

@@ -84,7 +84,9 @@ def test_plain_replacement_takes_the_parameters_themselves():
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", [linear_nf4, lambda *sizes: bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False), nn.Linear], ids=["4 bit", "8 bit", "plain"])
+@pytest.mark.parametrize(
+    "kind", [linear_nf4, lambda *sizes: bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False), nn.Linear], ids=["4 bit", "8 bit", "plain"]
+)
 def test_no_random_weights_are_made_where_others_are_copied(kind, monkeypatch):
     model = Model()
     filled = []

@@ -9,7 +9,8 @@ import torch
 
 from .. import __version__, cuda_specs
 from ..optim import Adam
-from . import facts as gathering, problems
+from . import facts as gathering
+from . import problems
 
 WIDTH = 60
 _UNKNOWN = "N/A"

@@ -14,7 +14,8 @@ import sys
 import torch
 
 from .. import functional
-from .._ops import _CHECKS as OPERATORS, FLOATS
+from .._ops import _CHECKS as OPERATORS
+from .._ops import FLOATS
 from ..backends.default import int8, ops, optimizers
 
 # Largest difference of a floating-point result, as a share of its largest magnitude: rounding once more than the reference does.

@@ -161,7 +161,7 @@ def read_4bit(layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> F
             _read_packed(layer, key, value, statistics, found, assign)
     else:
         found.errors.append(
-            f'size mismatch for {key}: the checkpoint holds {value.dtype} {list(value.shape)}, the layer takes a floating-point weight of shape '
+            f"size mismatch for {key}: the checkpoint holds {value.dtype} {list(value.shape)}, the layer takes a floating-point weight of shape "
             f"{list(shape)} or one packed in 4 bit with its statistics"
         )
     return found

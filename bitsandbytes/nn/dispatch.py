@@ -9,8 +9,8 @@ weight take the 4-bit path, anything else that means the matrix gets it dequanti
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+import torch.nn.functional as F
 
 from ..autograd._functions import matmul_4bit
 from . import slicing

@@ -10,6 +10,7 @@ import inspect
 # Keyword arguments of every optimizer, in addition to those of its constructor function.
 _COMMON = {"skip_zeros": False, "maximize": False, "stochastic_rounding": False, "seed": 0}
 
+
 def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict | None = None, only_default: tuple[str, ...] = (), **fixed):
     """The ``__init__`` of one class of an algorithm.
 

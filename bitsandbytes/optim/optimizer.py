@@ -89,9 +89,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {options['seed']}")
         self.optimizer_name = optimizer_name
         self.options.update(options)
-        self.args = args or MockArgs(
-            {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "max_unorm": max_unorm, "skip_zeros": skip_zeros}
-        )
+        self.args = args or MockArgs({"optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "max_unorm": max_unorm, "skip_zeros": skip_zeros})
 
     # ----------------------------------------------------------------------------------------------------------------- settings
 

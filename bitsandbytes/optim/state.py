@@ -253,7 +253,9 @@ class CheckpointedState:
 def _require_form(state_dict: dict[str, Any]) -> None:
     """Raises ValueError where a dict has not the form that every optimizer writes: a dict of dicts, and a list of groups."""
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) and isinstance(group.get("params"), (list, tuple)) for group in groups):
+    if not isinstance(groups, (list, tuple)) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), (list, tuple)) for group in groups
+    ):
         raise ValueError(f'"param_groups" must be a list of dictionaries, each with a list "params"; got {_type_names(groups)}')
     keys = [key for group in groups for key in group["params"]]
     if not isinstance(state, dict) or not all(isinstance(state.get(key, {}), dict) for key in keys):

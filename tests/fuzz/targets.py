@@ -7,14 +7,15 @@ crash of the process, never another exception, never results that cannot be.
 import copy
 import io
 
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from mutations import damaged_bytes, damaged_dicts, damaged_tensors, json_values, tensors
+from test_hostile_inputs import call, good_call, good_calls
 import torch
 
 import bitsandbytes as bnb
 from bitsandbytes import functional as F
 from bitsandbytes.functional import QuantState
-from mutations import damaged_bytes, damaged_dicts, damaged_tensors, json_values, tensors
-from test_hostile_inputs import call, good_call, good_calls
 
 CLEAR = (RuntimeError, ValueError, TypeError)
 OUT_FEATURES, IN_FEATURES = 24, 64

@@ -6,7 +6,6 @@ import sys
 
 from hypothesis import HealthCheck, settings
 import pytest
-
 from targets import TARGETS
 
 few = settings(max_examples=15, suppress_health_check=list(HealthCheck))

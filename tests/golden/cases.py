@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, bell, short_name
+import torch
 
 CODE_MAPS = {
     "dynamic": ("create_dynamic_map", ()),
@@ -268,6 +267,7 @@ class Int8Layer:
 
 def int8_layers() -> dict[str, Int8Layer]:
     return {"plain": Int8Layer(0.0), "threshold": Int8Layer(2.5)}
+
 
 LLAMA_CONFIG = dict(
     vocab_size=96,

@@ -25,8 +25,8 @@ import subprocess
 import sys
 import tempfile
 
-import torch
 from safetensors.torch import save_file
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cases  # noqa: E402

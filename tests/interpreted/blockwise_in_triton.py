@@ -1,17 +1,17 @@
 """Blockwise quantisation in Triton: codes, statistics and values are those of the reference, bit for bit."""
 
 import gpu_rounding  # noqa: F401  (before anything is computed)
+from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, assert_same_bits, bell, grid
 from hypothesis import example, given
 from hypothesis import strategies as st
 from native_cpu import assert_same_floats
 import pytest
+from strategies import float_tensors
 import torch
 
 from bitsandbytes import codebooks, functional
 from bitsandbytes.backends.default import ops as reference
 from bitsandbytes.backends.triton import blockwise
-from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, assert_same_bits, bell, grid
-from strategies import float_tensors
 
 CODES = {
     "signed": functional.create_dynamic_map(signed=True),
@@ -58,7 +58,11 @@ def test_codes_of_4_bits_beside_every_threshold(quant_type):
     assert_quantises_to_4bit(neighbours(thresholds) * 0.7, 32, quant_type)
 
 
-@given(A=float_tensors(), blocksize=st.one_of(st.integers(1, 300), st.sampled_from([256, 2048, 4096, 5000, 16384, 2**40])), name=st.sampled_from([*CODES]))
+@given(
+    A=float_tensors(),
+    blocksize=st.one_of(st.integers(1, 300), st.sampled_from([256, 2048, 4096, 5000, 16384, 2**40])),
+    name=st.sampled_from([*CODES]),
+)
 @example(A=bell(9001), blocksize=4100, name="signed")  # more than a tile
 def test_codes_of_8_bits(A, blocksize, name):
     assert_quantises_to_8bit(A, CODES[name], blocksize)

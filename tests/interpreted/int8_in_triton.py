@@ -1,16 +1,16 @@
 """LLM.int8() in Triton: codes, statistics and exact products bit for bit, the layer's product up to the rounding of float32 sums."""
 
 import gpu_rounding  # noqa: F401  (before anything is computed)
+from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid
 from hypothesis import example, given
 from hypothesis import strategies as st
 from native_cpu import assert_same_floats
 import pytest
+from strategies import float_dtypes, float_tensors
 import torch
 
 from bitsandbytes.backends.default import int8 as reference
 from bitsandbytes.backends.triton import int8
-from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid
-from strategies import float_dtypes, float_tensors
 
 matrices = float_tensors().filter(lambda A: A.dim() > 1 and A.numel() < 3000)
 thresholds = st.sampled_from([0.0, 1e-60, 0.3, 1.0, 6.0])

@@ -1,15 +1,15 @@
 """Optimizer steps in Triton against the reference: parameters, moments, codes and statistics bit for bit, norms up to the order of their sums."""
 
 import gpu_rounding  # noqa: F401  (before anything is computed)
+from helpers import FLOAT_DTYPES, grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
+from test_cpu_optimizers import EXTREMES, SIGNED, UNSIGNED, VARIANTS, Case, assert_same, make_case, variants
 import torch
 
 from bitsandbytes.backends.default import optimizers as reference
 from bitsandbytes.backends.triton import optimizers
-from helpers import FLOAT_DTYPES, grid
-from test_cpu_optimizers import EXTREMES, SIGNED, UNSIGNED, VARIANTS, Case, assert_same, make_case, variants
 
 SINGLE = dict(beta1=0.9, beta2=0.99, beta3=0.999, alpha=4.0, eps=1e-8, step=3, lr=1e-2, weight_decay=0.1, gnorm_scale=0.5)
 
@@ -118,12 +118,17 @@ def test_a_limited_update(algorithm, bits):
 def test_parameters_gradients_and_moments_with_gaps():
     case = make_case("adam", {}, [(20, 30)], 32)
     expected = case.stepped_by(reference.optimizer_step)
-    gaps = Case(*([torch.stack([t, t], -1)[..., 0] for t in ts] for ts in (case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm)), case.settings)
+    gaps = Case(
+        *([torch.stack([t, t], -1)[..., 0] for t in ts] for ts in (case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm)), case.settings
+    )
     transposed = gaps.p[0] = case.p[0].t().contiguous().t()
     version = transposed._version
     optimizers.optimizer_step(gaps.p, gaps.g, gaps.moments, [], [], [], **case.settings)
     assert transposed._version > version
-    assert_same(Case([transposed.contiguous()], [], [m.contiguous() for m in gaps.moments], [], [], [], {}), Case(expected.p, [], expected.moments, [], [], [], {}))
+    assert_same(
+        Case([transposed.contiguous()], [], [m.contiguous() for m in gaps.moments], [], [], [], {}),
+        Case(expected.p, [], expected.moments, [], [], [], {}),
+    )
 
 
 @grid(algorithm=("adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad", "lamb", "lars"), skip_zeros=(False, True))

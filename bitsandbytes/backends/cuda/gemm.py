@@ -14,7 +14,7 @@ from ...packing import is_cpu_layout
 from ..default import ops as reference
 from . import native
 from .gemm_4bit_plan import KERNELS, Plan, backward_plan, forward_plan, table_of
-from .native import DTYPES, I, L, P, QUANT_TYPES, address, bind, kernels, written
+from .native import DTYPES, QUANT_TYPES, I, L, P, address, bind, kernels, written
 from .ops import dequantize_4bit_into, dequantize_blockwise
 
 _kernel = kernels("bnb_cuda_gemm_4bit")
@@ -25,7 +25,7 @@ _gemm_4bit_backward = bind("bnb_cuda_gemm_4bit_backward", *[P] * 7, *[L] * 4, *[
 _ANY_NUMBER_OF_TOKENS = Plan(KERNELS["tiled"], 64, 1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(device_index: int, _library) -> int:
     return _library.bnb_cuda_capability(device_index)
 
@@ -39,7 +39,7 @@ def _suits_tensor_cores(A, rows, N, K, blocksize, capability: int) -> bool:
     """What the kernels on tensor cores ask for (csrc/cuda/gemm_4bit_tensor.h); ``rows`` is the length of A's."""
     if A.dtype is torch.float32 or capability < (80 if A.dtype is torch.bfloat16 else 75):
         return False
-    return K % 32 == 0 and rows % 8 == 0 and N > 0 and K > 0 and max(N, K) <= 1 << 30 and N * K // blocksize < 1 << 31
+    return K % 32 == 0 and rows % 8 == 0 and N > 0 and K > 0 and max(N, K) <= 1 << 27 and N * K // blocksize < 1 << 31
 
 
 def _aligned(A: torch.Tensor) -> torch.Tensor:

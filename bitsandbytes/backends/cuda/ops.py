@@ -7,7 +7,7 @@ import torch
 
 from ... import codebooks
 from ..._ops import blocks, packed_length
-from .native import DTYPES, I, L, P, QUANT_TYPES, bind, kernels, written
+from .native import DTYPES, QUANT_TYPES, I, L, P, bind, kernels, written
 
 _kernel = kernels("bnb_cuda_quantize_4bit")
 
@@ -40,9 +40,7 @@ def dequantize_4bit_into(out, A, absmax, blocksize, quant_type, absmax_8bit=None
     """Dequantises as many elements as ``out``, which is contiguous, has; nested statistics, contiguous and float32, are decoded on the way."""
     A, absmax = A.contiguous(), absmax.contiguous()
     nested = (None, None, None) if absmax_8bit is None else (absmax_8bit.data_ptr(), absmax_code.data_ptr(), absmax_offset.data_ptr())
-    _dequantize_4bit(
-        A, A.data_ptr(), absmax.data_ptr(), *nested, out.numel(), blocksize, QUANT_TYPES[quant_type], DTYPES[out.dtype], out.data_ptr()
-    )
+    _dequantize_4bit(A, A.data_ptr(), absmax.data_ptr(), *nested, out.numel(), blocksize, QUANT_TYPES[quant_type], DTYPES[out.dtype], out.data_ptr())
     return out
 
 

@@ -17,9 +17,9 @@ What is exact about them, for other backends to repeat bit for bit where torch's
 * Not exact, since it depends on the order of a sum: the norms that ``max_unorm`` needs.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+import functools
 from typing import Optional, Union
 
 import torch

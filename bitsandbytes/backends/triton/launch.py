@@ -1,9 +1,9 @@
 """What the kernel families share on the host: launching, tables on the device, results in a given tensor."""
 
+from collections.abc import Callable
 import contextlib
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 
