@@ -3,9 +3,10 @@
     python benchmarking/gpu_benchmark.py [--published /path/to/libbitsandbytes_cuda130.so] [--only quantize] [--seconds 400] [--resume]
 
 Both libraries are loaded into one process and called through their C functions, so that nothing but the kernels differs. Every case rotates over
-enough operands to overflow the second-level cache four times. 20 calls or more are captured in a CUDA graph, which is replayed 15 times; what cannot be
-captured (published functions that use the default stream) is timed in a loop, and then so is ours. A line holds the median and the tenth and ninetieth
-percentile in microseconds, what the time would be at the rate of memory or arithmetic measured first, and what was predicted before anybody measured.
+enough operands to overflow the second-level cache four times. 20 calls or more are captured in a CUDA graph, which is replayed 15 times; what cannot
+be captured (published functions that use the default stream) is timed in a loop, and then so is ours. A line holds the median and the tenth and
+ninetieth percentile in microseconds, what the time would be at the rate of memory or arithmetic measured first, and what was predicted before
+anybody measured.
 
 The cases are in gpu_cases_*.py beside this file. ``--rehearse`` runs them all on the CPU with the emulated library, in small: a test of the program.
 """
@@ -91,7 +92,8 @@ class Machine:
         properties = torch.cuda.get_device_properties(0)
         return {
             "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}", "multiprocessors": properties.multi_processor_count,
-            "torch": torch.__version__, "driver": nvidia_smi("driver_version"), "clocks_mhz": nvidia_smi("clocks.sm,clocks.mem"), "revision": revision(),
+            "torch": torch.__version__, "driver": nvidia_smi("driver_version"), "clocks_mhz": nvidia_smi("clocks.sm,clocks.mem"),
+            "revision": revision(),
         }  # fmt: skip
 
     def measure_rates(self) -> None:

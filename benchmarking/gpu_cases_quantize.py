@@ -1,7 +1,7 @@
 """Cases of gpu_benchmark.py: 4-bit and 8-bit blockwise quantisation and its inverse.
 
-Predictions come from counts of instructions and bytes: at 14 instructions an element NF4 quantisation is at the limit of what a GPU of four instructions
-a cycle issues at 90 % of its memory's rate; dequantisation at 7 is far below it.
+Predictions come from counts of instructions and bytes: at 14 instructions an element NF4 quantisation is at the limit of what a GPU of four
+instructions a cycle issues at 90 % of its memory's rate; dequantisation at 7 is far below it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .cextension import lib
 from .codebooks import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type  # noqa: F401
 from .deprecated import batched_igemm, check_matmul, igemm  # noqa: F401
 from .devices import FIRST_CUDA_DEVICE, CUBLAS_Context, _cuda_device_of, _get_tensor_stream, get_ptr, is_on_gpu  # noqa: F401
-from .packing import _convert_weight_packed_for_cpu, _convert_weight_packed_for_cpu_inverse, float_absmax
+from .packing import _convert_weight_packed_for_cpu, _convert_weight_packed_for_cpu_inverse, float_absmax  # noqa: F401
 from .paging import GlobalPageManager, _mul, elementwise_func, fill, get_paged, prefetch_tensor  # noqa: F401
 from .quant_state import QuantState
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: F401

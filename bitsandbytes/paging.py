@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from .cextension import lib
 from .devices import FIRST_CUDA_DEVICE, get_ptr
 from .singleton import Singleton
-from .utils import sync_gpu
+from .utils import sync_gpu  # noqa: F401
 
 _TO_HOST = -1
 

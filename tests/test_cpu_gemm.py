@@ -4,7 +4,6 @@ Where a result can be exact it is compared bit for bit: with rows of the identit
 type, whatever the order of the sums. That pins every code, every scale and every tail; the rest needs error bounds.
 """
 
-import ctypes as ct
 import os
 from pathlib import Path
 import subprocess

@@ -4,6 +4,7 @@ Codes, statistics, integer products and everything that is one rounding of them 
 within the bound of its rounding.
 """
 
+from functools import partial
 import os
 from pathlib import Path
 import subprocess
@@ -404,7 +405,7 @@ def calls_at_page_edges() -> int:
     for N, K in (1, 1), (3, 7), (4, 64), (17, 65), (64, 40), (65, 129), (33, 300):
         for M in (1, 2, 5, 7, 13):
             for at_end in (False, True):
-                edge = lambda array: at_page_edge(array, at_end)  # noqa: E731
+                edge = partial(at_page_edge, at_end=at_end)
                 CB, SCB = map(edge, random_weight(N, K))
                 CA, SCA, bias = edge(random_int8(M, K)), edge(np.ones(M, np.float32)), edge(np.ones(N, np.float32))
                 product, mask, columns = edge(np.zeros((M, N), np.int32)), edge(np.zeros(K, np.uint8)), edge(np.array([0, K - 1], np.int64))
@@ -412,7 +413,7 @@ def calls_at_page_edges() -> int:
                 a, b, sa, sb, c, p, m, j = (array.ctypes.data for array in (CA, CB, SCA, SCB, bias, product, mask, columns))
                 d, s = dequantised.ctypes.data, column_stats.ctypes.data
                 codes = edge(np.zeros((2, M, K), np.int8)).ctypes.data
-                for dtype, code in DTYPES.items():
+                for code in DTYPES.values():
                     x, y, g = (edge(np.ones(shape, np.float32 if code == 0 else np.uint16)).ctypes.data for shape in ((M, K), (M, N), (M, K)))
                     for name in supported:
                         lib.bnb_cpu_select_isa(name.encode())

@@ -1,7 +1,7 @@
 """Building the GPU library: what it exports, what CMake refuses, and how nvcc takes the kernels.
 
-What needs no CUDA compiler is checked on the emulated library, which is built from the same sources. The tests with nvcc compile every kernel for some
-architectures, which takes minutes: they are marked slow and run with ``make cuda-test``.
+What needs no CUDA compiler is checked on the emulated library, which is built from the same sources. The tests with nvcc compile every kernel for
+some architectures, which takes minutes: they are marked slow and run with ``make cuda-test``.
 """
 
 import importlib.util

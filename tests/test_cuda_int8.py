@@ -482,8 +482,8 @@ def test_nothing_is_read_or_written_outside_the_operands(cuda_once, M, N, K, at_
         int8._linear(A, a, cb, scb, b, 0, 1.5, mask.data_ptr(), workspace.data_ptr(), workspace.numel(), out.data_ptr(), M, N, K, 0, kernel)
     int8._mm_dequant(A, product.data_ptr(), stats.data_ptr(), scb, b, 0, out.data_ptr(), M, N, 0)
     int8._dequantize(A, cb, K, scb, N, K, 0, edge(torch.zeros(N, K)).data_ptr())
-    for grad, back in ((grad, back), (edge(grad.half()), edge(back.half()))):
-        int8._linear_backward(A, grad.data_ptr(), cb, scb, back.data_ptr(), M, N, K, DTYPES[grad.dtype], 0)
+    for given, result in ((grad, back), (edge(grad.half()), edge(back.half()))):
+        int8._linear_backward(A, given.data_ptr(), cb, scb, result.data_ptr(), M, N, K, DTYPES[given.dtype], 0)
 
 
 @dtypes

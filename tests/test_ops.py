@@ -286,7 +286,7 @@ def calls_of_optimizer_step():
 
 
 CALLS = {name.removeprefix("calls_of_"): make for name, make in list(globals().items()) if name.startswith("calls_of_")}
-CALLS |= {name: lambda base=name.removesuffix(".out"): out_calls(CALLS[base], overload(base)) for name in DECLARED if name.endswith(".out")}
+CALLS |= {f"{base}.out": lambda base=base: out_calls(CALLS[base], overload(base)) for base in CALLS if f"{base}.out" in DECLARED}
 
 
 @pytest.mark.parametrize("name", DECLARED)

@@ -1,6 +1,6 @@
 """Optimizer steps with 32-bit and with 8-bit states, against torch.optim and against formulas in float64."""
 
-from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid, sawtooth, sha
+from helpers import assert_same_bits, bell, grid, sawtooth, sha
 from hypothesis import given
 from hypothesis import strategies as st
 from lion_pytorch import Lion

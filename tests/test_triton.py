@@ -26,14 +26,28 @@ FAMILIES = {"blockwise": blockwise, "products": products, "int8": int8, "optimiz
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 
 
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """The tests of every family as a running process, and the file that receives what it says."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # small tensors, and the processes run side by side
+    pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    folder, running = tmp_path_factory.mktemp("interpreted"), {}
+    for family in FAMILIES:
+        with open(folder / family, "w") as said:
+            tests = Path(__file__).parent / "interpreted" / f"{family}_in_triton.py"
+            process = subprocess.Popen([*pytest_quietly, str(tests)], stdout=said, stderr=subprocess.STDOUT, env=environment)
+        running[family] = process, folder / family
+    yield running
+    for process, _ in running.values():
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_in_the_interpreter(family):
-    tests = Path(__file__).parent / "interpreted" / f"{family}_in_triton.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(tests)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # small tensors
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
-    assert re.search(r"^\d+ passed in ", finished.stdout, re.MULTILINE), finished.stdout[-2000:]
+def test_kernels_in_the_interpreter(family, interpreted):
+    process, said = interpreted[family]
+    status = process.wait(timeout=600)
+    assert status == 0 and re.search(r"^\d+ passed in ", said.read_text(), re.MULTILINE), said.read_text()[-8000:]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- compiling
@@ -78,8 +92,9 @@ def launch_optimizers():
         moments = [torch.zeros(1024, dtype=torch.uint8 if in_8bit else torch.float32) for _ in range(count)]
         absmax, qmaps = ([torch.zeros(4) for _ in range(count)], [CODE] * count) if in_8bit else ([], [])
         optimizers.optimizer_step(
-            [p], [p], moments, absmax, qmaps, [torch.zeros(1)], algorithm, 5, 1e-3, 0.9, 0.99, 0.999, 4.0, 1e-8, 0.01, max_unorm=float(algorithm == "lamb"),
-            amsgrad=(algorithm, count) == ("adam", 3), centered=algorithm == "rmsprop", skip_zeros=bool(i % 2), seeds=[5],
+            [p], [p], moments, absmax, qmaps, [torch.zeros(1)], algorithm, 5, 1e-3, 0.9, 0.99, 0.999, 4.0, 1e-8, 0.01,
+            max_unorm=float(algorithm == "lamb"), amsgrad=(algorithm, count) == ("adam", 3), centered=algorithm == "rmsprop", skip_zeros=bool(i % 2),
+            seeds=[5],
         )  # fmt: skip
 
 

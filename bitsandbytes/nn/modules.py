@@ -17,7 +17,7 @@ from .._ops import FLOATS
 from ..autograd._functions import MatmulLtState, _autocast_dtype
 from ..functional import _convert_weight_packed_for_cpu, _convert_weight_packed_for_cpu_inverse, has_avx512bf16  # noqa: F401
 from ..optim.manager import GlobalOptimManager  # noqa: F401
-from ..quant_state import QuantState
+from ..quant_state import QuantState  # noqa: F401
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer  # noqa: F401
 from . import checkpoint
 from .embeddings import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding  # noqa: F401

@@ -1,8 +1,8 @@
 """4-bit matrix products on CUDA.
 
-Up to some hundred tokens a kernel reads the packed weight and multiplies at once; ``gemm_4bit_plan`` says which. Beyond that the weight is dequantised,
-a bounded slab at a time, and multiplied by the device's dense product. Nothing here waits for the device, and all memory is the caller's allocator's:
-calls can be captured in a CUDA graph.
+Up to some hundred tokens a kernel reads the packed weight and multiplies at once; ``gemm_4bit_plan`` says which. Beyond that the weight is
+dequantised, a bounded slab at a time, and multiplied by the device's dense product. Nothing here waits for the device, and all memory is the caller's
+allocator's: calls can be captured in a CUDA graph.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Which kernel computes a 4-bit product, and how it cuts it up.
 
-``gemm_4bit_table`` says what was best for some shapes on some devices; a product follows the nearest of them. Nothing is decided by thresholds in code.
+``gemm_4bit_table`` says what was best for some shapes on some devices; a product follows the nearest of them. Nothing is decided by thresholds in
+code.
 """
 
 import functools

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from ... import codebooks
-from ..._ops import NESTED_BLOCKSIZE, blocks, implement, packed_length
+from ..._ops import NESTED_BLOCKSIZE, implement, packed_length
 from ...packing import from_cpu_layout, is_cpu_layout
 from . import int8, optimizers  # noqa: F401  (register their kernels)
 

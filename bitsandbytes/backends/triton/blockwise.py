@@ -142,8 +142,8 @@ def _dequantize_4bit_kernel(packed, absmaxes, table, out, count, BLOCKSIZE: tl.c
 
 def _dequantize_4bit_into(out, A, absmax, blocksize, quant_type):
     launch(
-        _dequantize_4bit_kernel, (ceil_div(out.numel(), 2 * _BYTES),), as_bytes(A), absmax.contiguous(), levels(quant_type, A.device), out, out.numel(),
-        BLOCKSIZE=blocksize, BYTES=_BYTES,
+        _dequantize_4bit_kernel, (ceil_div(out.numel(), 2 * _BYTES),), as_bytes(A), absmax.contiguous(), levels(quant_type, A.device), out,
+        out.numel(), BLOCKSIZE=blocksize, BYTES=_BYTES,
     )  # fmt: skip
     return out
 

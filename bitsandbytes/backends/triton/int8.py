@@ -96,8 +96,8 @@ def _largest(matrix, threshold, is_outlier, classes=1):
 def _encode(matrix, stats, threshold, is_outlier, classes=1, of_rows=True):
     codes = torch.empty_like(matrix, dtype=torch.int8)
     launch(
-        _encode_kernel, (ceil_div(matrix.shape[0], 4), ceil_div(matrix.shape[1], 512)), matrix, stats, is_outlier, codes, *matrix.shape, float(threshold),
-        HAS_THRESHOLD=threshold > 0.0, CLASSES=classes, OF_ROWS=of_rows, ROWS=4, COLUMNS=512,
+        _encode_kernel, (ceil_div(matrix.shape[0], 4), ceil_div(matrix.shape[1], 512)), matrix, stats, is_outlier, codes, *matrix.shape,
+        float(threshold), HAS_THRESHOLD=threshold > 0.0, CLASSES=classes, OF_ROWS=of_rows, ROWS=4, COLUMNS=512,
     )  # fmt: skip
     return codes
 

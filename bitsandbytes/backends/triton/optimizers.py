@@ -307,8 +307,8 @@ _MOST_MOMENTS = 3
 class _Batch:
     """Parameters that one launch steps, all tensors without gaps, gradients of one type.
 
-    ``moments`` and ``absmax`` have a list for each parameter; those of ``absmax``, and ``qmaps``, are empty for float32 moments. ``seeds`` is empty or
-    has one for each.
+    ``moments`` and ``absmax`` have a list for each parameter; those of ``absmax``, and ``qmaps``, are empty for float32 moments. ``seeds`` is empty
+    or has one for each.
     """
 
     name: str

@@ -6,8 +6,8 @@ Element (n, k) of the weight is code n K + k of its buffer. A value is level * s
 tensor cores take that, exactly as dequantisation and a dense product would have it; sums are float32. A single token is multiplied without rounding
 the weight.
 
-Bytes moved: the codes once for every ``tokens`` rows of A, A once for every ``free`` columns of the result. Where K is even, two neighbours come in one
-byte (``PAIRED``); where K is a multiple of the block size, a tile's row lies in one block and has one scale (``ROW_SCALE``).
+Bytes moved: the codes once for every ``tokens`` rows of A, A once for every ``free`` columns of the result. Where K is even, two neighbours come in
+one byte (``PAIRED``); where K is a multiple of the block size, a tile's row lies in one block and has one scale (``ROW_SCALE``).
 """
 
 import torch
