@@ -1,7 +1,7 @@
 """Optimizer steps by a native library, the CPU's or the GPU's: many parameters in one call.
 
-The operators are those of ``default/optimizers.py``, which says what they compute: bit for bit, save for the norms that ``max_unorm`` needs. Those are
-sums in double precision here, which depend on nothing but the parameter.
+The operators are those of ``default/optimizers.py``, which says what they compute: bit for bit, save for the norms that ``max_unorm`` needs.
+Those are sums in double precision here, which depend on nothing but the parameter.
 
 A native call steps its parameters at the same time, so those that overlap are stepped one after the other instead.
 """
@@ -92,7 +92,7 @@ def _note_changes(tensors: list[torch.Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """What the parameters of a call share."""
 
     call: NativeStep
@@ -113,23 +113,39 @@ class _Step:
             self._run_at_once(p, g, moments, absmax, unorm, seeds)
 
     def _run_at_once(self, p, g, moments, absmax, unorm, seeds) -> None:
-        written = [_Table(tensors) for tensors in (p, moments, absmax)]
-        gradients, codes = _Table(g), _Table(self.qmaps)
-        sizes, dtypes, seeds = (array("q", numbers) for numbers in ([t.numel() for t in p], [DTYPES[t.dtype] for t in g], seeds))
-        parameters, moments, absmax = (start_of(table.addresses) for table in written)
-        tensors = NativeTensors(
-            len(p), start_of(sizes), parameters, start_of(gradients.addresses), start_of(dtypes), moments, absmax, None, start_of(seeds)
-        )  # fmt: skip
+        prepared = self.prepare(p, g, moments, absmax, seeds)
+        self.call(prepared.tensors, prepared.settings, p[0], unorm)
+        prepared.write_back()
+        _note_changes(p)
+
+    def prepare(self, p: list, g: list, moments: list, absmax: list, seeds: list) -> "Prepared":
+        """The arguments of the native call."""
+        written, read = [_Table(tensors) for tensors in (p, moments, absmax)], [_Table(tensors) for tensors in (g, self.qmaps)]
+        numbers = [array("q", values) for values in ([t.numel() for t in p], [DTYPES[t.dtype] for t in g], seeds)]
+        (parameters, moments, absmax), (gradients, _) = ([start_of(table.addresses) for table in tables] for tables in (written, read))
+        sizes, dtypes, seeds = map(start_of, numbers)
+        tensors = NativeTensors(len(p), sizes, parameters, gradients, dtypes, moments, absmax, None, seeds)
         s = self.settings
         settings = NativeSettings(
             _ALGORITHMS[self.name], DTYPES[p[0].dtype], s.step, s.lr, s.beta1, s.beta2, s.beta3, s.alpha, s.eps, s.weight_decay, s.gnorm_scale,
             *bias_corrections(s), self.max_unorm, self.param_norm, s.decoupled_weight_decay, s.nesterov, s.amsgrad, s.centered, self.skip_zeros,
-            (P * 3)(*codes.addresses),
+            (P * 3)(*read[1].addresses),
         )  # fmt: skip
-        self.call(tensors, settings, p[0], unorm)
-        for table in written:
+        return Prepared(tensors, settings, written, (read, numbers))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The two structures of a native call, and what they point to."""
+
+    tensors: NativeTensors
+    settings: NativeSettings
+    written: list
+    kept: tuple
+
+    def write_back(self) -> None:
+        for table in self.written:
             table.write_back()
-        _note_changes(p)
 
 
 def operators(kernel: Callable, call: NativeStep) -> tuple[Callable, Callable, Callable]:
@@ -148,7 +164,7 @@ def operators(kernel: Callable, call: NativeStep) -> tuple[Callable, Callable, C
         settings = Settings(
             beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, decoupled_weight_decay, bias_correction, nesterov, amsgrad, centered
         )  # fmt: skip
-        _Step(call, algorithm, settings, qmaps, skip_zeros, max_unorm).run(p, g, moments, absmax, unorm if max_unorm > 0.0 else [], seeds)
+        Step(call, algorithm, settings, qmaps, skip_zeros, max_unorm).run(p, g, moments, absmax, unorm if max_unorm > 0.0 else [], seeds)
 
     @kernel("optimizer_update_32bit")
     def optimizer_update_32bit(
@@ -158,7 +174,7 @@ def operators(kernel: Callable, call: NativeStep) -> tuple[Callable, Callable, C
         settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
         moments = rows_of_moments(optimizer_name, state1, state2)
         unorm = [unorm_vec] if max_unorm > 0.0 else []
-        _Step(call, optimizer_name, settings, [], skip_zeros, max_unorm, max(param_norm, 0.0)).run([p], [g], moments, [], unorm)
+        Step(call, optimizer_name, settings, [], skip_zeros, max_unorm, max(param_norm, 0.0)).run([p], [g], moments, [], unorm)
 
     @kernel("optimizer_update_8bit_blockwise")
     def optimizer_update_8bit_blockwise(
@@ -168,6 +184,6 @@ def operators(kernel: Callable, call: NativeStep) -> tuple[Callable, Callable, C
         settings = published_settings(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
         moments, absmax = (rows_of_moments(optimizer_name, *pair) for pair in ((state1, state2), (absmax1, absmax2)))
         qmaps = [qmap1, qmap1, qmap2] if optimizer_name == "ademamix" else [qmap1, qmap2][: len(moments)]
-        _Step(call, optimizer_name, settings, qmaps, skip_zeros).run([p], [g], moments, absmax)
+        Step(call, optimizer_name, settings, qmaps, skip_zeros).run([p], [g], moments, absmax)
 
     return optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise

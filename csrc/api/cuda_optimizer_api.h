@@ -6,9 +6,10 @@
 
 #include <cstdint>
 
-// Steps the parameters in as few launches as their table takes. The structures and the arrays in `tensors` are on the host and may change once the call
-// has returned; what the arrays point to, the qmaps and update_norms are on the device. That qmaps are ascending is not checked: others give states
-// without meaning. With a limit on the norm the workspace, 8-byte aligned memory of the device, must have bnb_cuda_optimizer_workspace() bytes.
+// Steps the parameters in as few launches as their table takes. The structures and the arrays in `tensors` are on the host and may change once the
+// call has returned; what the arrays point to, the qmaps and update_norms are on the device. That qmaps are ascending is not checked: others give
+// states without meaning. With a limit on the norm the workspace, 8-byte aligned memory of the device, must have bnb_cuda_optimizer_workspace()
+// bytes.
 BNB_API int32_t bnb_cuda_optimizer_step(const bnb::OptimizerTensors* tensors, const bnb::OptimizerSettings* settings, void* workspace,
                                         int64_t workspace_bytes, int32_t device, void* stream);
 BNB_API int64_t bnb_cuda_optimizer_workspace(const bnb::OptimizerTensors* tensors);

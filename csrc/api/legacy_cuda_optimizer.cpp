@@ -1,6 +1,6 @@
 // The C names of the published library for optimizers and paged memory on the GPU, for projects that call them through ctypes. Thin forms of the
-// functions in cuda_optimizer_api.h on the device that is current, in its default stream. They return nothing: where they cannot do their work nothing
-// changes, and bnb_cuda_last_error() may say why.
+// functions in cuda_optimizer_api.h on the device that is current, in its default stream. They return nothing: where they cannot do their work
+// nothing changes, and bnb_cuda_last_error() may say why.
 #include "cuda_optimizer_api.h"
 
 #include "../common/types.h"
@@ -76,8 +76,8 @@ void step_32bit(const Algorithm& algorithm, DType dtype, void* g, void* p, float
         free_in_order(workspace, nullptr);
 }
 
-void step_8bit(const Algorithm& algorithm, DType dtype, void* p, void* g, uint8_t* state1, uint8_t* state2, const Scalars& s, float* qmap1, float* qmap2,
-               float* absmax1, float* absmax2, int32_t n) {
+void step_8bit(const Algorithm& algorithm, DType dtype, void* p, void* g, uint8_t* state1, uint8_t* state2, const Scalars& s, float* qmap1,
+               float* qmap2, float* absmax1, float* absmax2, int32_t n) {
     if (n < 0 || s.step < 1 || qmap1 == nullptr)
         return;
     Parameter<uint8_t> parameter(algorithm, dtype, p, g, state1, state2, n);
@@ -98,7 +98,7 @@ void step_8bit(const Algorithm& algorithm, DType dtype, void* p, void* g, uint8_
 
 } // namespace
 
-#define BNB_STEP_32BIT(name, algorithm, suffix, dtype)                                                                                                \
+#define BNB_STEP_32BIT(name, algorithm, suffix, dtype)                                                                                               \
     BNB_API void c##name##32bit_grad_##suffix(void* g, void* p, float* state1, float* state2, float* unorm, float max_unorm, float param_norm,       \
                                               float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, int32_t step,       \
                                               float lr, float gnorm_scale, bool skip_zeros, int32_t n) {                                             \
@@ -106,7 +106,7 @@ void step_8bit(const Algorithm& algorithm, DType dtype, void* p, void* g, uint8_
                    {beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros}, n);                                           \
     }
 
-#define BNB_STEP_8BIT(name, algorithm, suffix, dtype)                                                                                                 \
+#define BNB_STEP_8BIT(name, algorithm, suffix, dtype)                                                                                                \
     BNB_API void c##name##_8bit_blockwise_grad_##suffix(void* p, void* g, uint8_t* state1, uint8_t* state2, float beta1, float beta2, float beta3,   \
                                                         float alpha, float eps, int32_t step, float lr, float* qmap1, float* qmap2, float* absmax1,  \
                                                         float* absmax2, float weight_decay, float gnorm_scale, bool skip_zeros, int32_t n) {         \

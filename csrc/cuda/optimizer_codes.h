@@ -1,10 +1,10 @@
 // Moments in 8 bits: what a code means, and the code of a value, from tables in shared memory.
 //
 // A lookup by 32 lanes in a table of 256 values costs about 3.5 passes through the banks of shared memory. With a copy of the values for each lane it
-// is one; that is done where the memory allows. The way back needs one lookup too: in a table of cells as ../cpu/cells.h describes it, cut down to the
-// magnitudes from 2^-24 to 1, between which all thresholds of the maps in use lie. That table also keeps the sign of what it encodes (keep_sign):
-// negative numbers have cells of their own, to which the threshold between the negative values and the others is left out. A map that this does not
-// fit, because two thresholds meet in a cell or one lies closer to zero, is searched instead; so is any map if there is no room for cells.
+// is one; that is done where the memory allows. The way back needs one lookup too: in a table of cells as ../cpu/cells.h describes it, cut down to
+// the magnitudes from 2^-24 to 1, between which all thresholds of the maps in use lie. That table also keeps the sign of what it encodes (keep_sign):
+// negative numbers have cells of their own, and the threshold between the negative values and the others lies behind all of these. A map that this
+// does not fit, because two thresholds meet in a cell or one lies closer to zero, is searched instead; so is any map if there is no room for cells.
 #pragma once
 
 #include "one_element.h"
@@ -58,7 +58,9 @@ struct CodeTable {
 };
 
 // Where a magnitude with this sign is in the order of the cells: the cell above 16 bits that say where in the cell.
-BNB_HD int32_t place_in_cells(float magnitude, bool is_negative) { return int32_t((float_bits(magnitude) - kSmallestBits) ^ (is_negative ? ~0u : 0u)); }
+BNB_HD int32_t place_in_cells(float magnitude, bool is_negative) {
+    return int32_t((float_bits(magnitude) - kSmallestBits) ^ (is_negative ? ~0u : 0u));
+}
 
 struct Threshold {
     int cell;            // beyond the first or the last: below or above everything

@@ -8,8 +8,8 @@
 // Work is dealt out in units of eight blocks of one parameter, numbered over all parameters of the launch, to the warps of a grid that just fills the
 // device. What a parameter is stands in a table among the kernel's own arguments; which parameter a unit belongs to is found by bisection.
 //
-// With a limit on the norm of the update the same kernel runs before, without writing: a sum of squares for each unit, which a block for each parameter
-// adds up in an order that depends on nothing but the parameter's size.
+// With a limit on the norm of the update the same kernel runs before, without writing: it leaves sums of squares for each unit, which a block for
+// each parameter adds up in an order that depends on nothing but the parameter's size.
 #pragma once
 
 #include "optimizer_codes.h"
@@ -143,8 +143,13 @@ struct RawBlock {
 
 __device__ __forceinline__ void write_floats(void* tensor, const Place& place, const float (&x)[kPerLane]) {
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run)
-        write_run<4>(tensor, place, run, Run<4>{{float_bits(x[4 * run]), float_bits(x[4 * run + 1]), float_bits(x[4 * run + 2]), float_bits(x[4 * run + 3])}});
+    for (int run = 0; run < kRuns; ++run) {
+        Run<4> words;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            words.value[i] = float_bits(x[4 * run + i]);
+        write_run<4>(tensor, place, run, words);
+    }
 }
 
 template <typename T>
@@ -256,8 +261,8 @@ template <int kMoments> struct BlockOfMoments<kMoments, true> {
         return is_finite;
     }
 
-    // Codes cannot say NaN, and an infinite scale would spoil the other elements of the block: an element with a moment that is NaN or infinite starts
-    // anew with all of its moments.
+    // Codes cannot say NaN, and an infinite scale would spoil the other elements of the block: an element with a moment that is NaN or infinite
+    // starts anew with all of its moments.
     __device__ __forceinline__ static void reset_spoilt(float (&m)[kPerLane][kMoments]) {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
@@ -285,10 +290,9 @@ template <int kMoments> struct BlockOfMoments<kMoments, true> {
             const float absmax = float_from_bits(largest[k]), inverse = inverse_absmax(absmax);
 #pragma unroll
             for (int run = 0; run < kRuns; ++run) {
-                const auto value = [&](int i) { return m[4 * run + i][k]; };
-                const uint32_t word = traits.has_cells ? encode_four([&](int i) { return encode_by_cell(table, value(i), inverse); })
-                                                       : encode_four([&](int i) { return encode_by_search(table, traits.negatives, value(i), inverse); });
-                write_run<1>(states.moments[k], place, run, Run<1>{{word}});
+                const auto by_cell = [&](int i) { return encode_by_cell(table, m[4 * run + i][k], inverse); };
+                const auto by_search = [&](int i) { return encode_by_search(table, traits.negatives, m[4 * run + i][k], inverse); };
+                write_run<1>(states.moments[k], place, run, Run<1>{{traits.has_cells ? encode_four(by_cell) : encode_four(by_search)}});
             }
             if (lane_index() == 0)
                 states.absmax[k][place.begin / kBlock] = absmax;
@@ -358,7 +362,7 @@ template <int kMoments, bool in_8bit> __device__ __forceinline__ bool can_move_f
 }
 
 // As many threads as leave each the registers it needs.
-template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 896 : kMoments == 2 ? 768 : 640;
+template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 896 : kMoments == 2 ? 704 : 640;
 template <int kMoments, bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : kMoments < 3 ? 3 : 2;
 
 template <typename Algorithm, bool in_8bit, bool measures>

@@ -12,7 +12,7 @@ from .native import I, P, bind, kernels
 _optimizer_step = bind("bnb_cpu_optimizer_step", P, P, I)
 
 
-def _call(tensors, settings, _: torch.Tensor, unorm: list) -> None:
+def call(tensors, settings, _: torch.Tensor, unorm: list) -> None:
     norms = array("f", bytes(4 * len(unorm)))
     tensors.update_norms = start_of(norms)
     check_status(_optimizer_step(ct.byref(tensors), ct.byref(settings), torch.get_num_threads()), "optimizer_step")
@@ -20,4 +20,4 @@ def _call(tensors, settings, _: torch.Tensor, unorm: list) -> None:
         tensor.fill_(norm)
 
 
-optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise = operators(kernels("bnb_cpu_optimizer_step"), _call)
+optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise = operators(kernels("bnb_cpu_optimizer_step"), call)

@@ -13,7 +13,7 @@ _optimizer_step = bind("bnb_cuda_optimizer_step", P, P, P, L)
 _UNIT, _BYTES_OF_UNIT, _BYTES_OF_PARAMETER = 2048, 16, 4
 
 
-def _call(tensors, settings, p: torch.Tensor, unorm: list) -> None:
+def call(tensors, settings, p: torch.Tensor, unorm: list) -> None:
     norms = workspace = None
     if unorm:
         norms = torch.empty(tensors.count, dtype=torch.float32, device=p.device)
@@ -27,4 +27,4 @@ def _call(tensors, settings, p: torch.Tensor, unorm: list) -> None:
         torch._foreach_copy_(unorm, list(norms.split(1)))
 
 
-optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise = operators(kernels("bnb_cuda_optimizer_step"), _call)
+optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise = operators(kernels("bnb_cuda_optimizer_step"), call)
