@@ -119,7 +119,8 @@ int32_t bnb_cpu_int8_linear(const void* A, const int8_t* CB, const float* SCB, c
     if (!is_threshold(threshold, is_outlier, K) || !holds(SCB, N))
         return kBadArgument;
     Int8ProductArgs args{};
-    args.quantises = true, args.A = A, args.limit = limit_of(threshold), args.is_outlier = is_outlier, args.CB = CB, args.SCB = SCB, args.bias = bias, args.out = out;
+    args.quantises = true, args.A = A, args.limit = limit_of(threshold), args.is_outlier = is_outlier, args.CB = CB, args.SCB = SCB, args.bias = bias,
+    args.out = out;
     args.M = M, args.N = N, args.K = K, args.dtype = DType(dtype), args.threads = threads;
     return multiply(args);
 }

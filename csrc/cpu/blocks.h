@@ -36,9 +36,7 @@ template <typename T> BNB_INLINE float block_absmax(const T* x, int64_t count) {
 
 // For an ordinary block x * inverse is finite for every element, so that vector code needs no rule for NaN. The others (NaN or infinity in the
 // block, or an absmax so small that its inverse overflows) are left to the scalar definition.
-BNB_INLINE bool is_ordinary(float absmax, float inverse) {
-    return float_bits(absmax) < kInfinityBits && float_bits(inverse) < kInfinityBits;
-}
+BNB_INLINE bool is_ordinary(float absmax, float inverse) { return float_bits(absmax) < kInfinityBits && float_bits(inverse) < kInfinityBits; }
 
 // Calls function with a null pointer to the element type that dtype names.
 template <typename Function> BNB_INLINE void with_element_type(DType dtype, const Function& function) {

@@ -78,9 +78,7 @@ inline bool system_saves(unsigned long long registers) { // bits of XCR0
     return cpuid_bit(1, 0, 2, 27) && (_xgetbv(0) & registers) == registers;
 }
 
-inline bool cpu_runs_avx2() {
-    return system_saves(0x06) && cpuid_bit(7, 0, 1, 5) && cpuid_bit(1, 0, 2, 12) && cpuid_bit(1, 0, 2, 29);
-}
+inline bool cpu_runs_avx2() { return system_saves(0x06) && cpuid_bit(7, 0, 1, 5) && cpuid_bit(1, 0, 2, 12) && cpuid_bit(1, 0, 2, 29); }
 
 inline bool cpu_has_avx512f() { return system_saves(0xe6) && cpuid_bit(7, 0, 1, 16); }
 

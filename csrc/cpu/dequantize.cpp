@@ -79,7 +79,8 @@ void run(const Args& args, bool streams, Plain plain, Streaming streaming, int64
 void dequantize_4bit(const DequantizeArgs4bit& args, int64_t first, int64_t last) {
     with_element_type(args.dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        run(args, is_streamable<T>(args.output, args.n, args.blocksize), dequantize_blocks_4bit<false, T>, dequantize_blocks_4bit<true, T>, first, last);
+        run(args, is_streamable<T>(args.output, args.n, args.blocksize), dequantize_blocks_4bit<false, T>, dequantize_blocks_4bit<true, T>, first,
+            last);
     });
 }
 

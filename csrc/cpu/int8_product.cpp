@@ -99,9 +99,8 @@ class ProductWorker {
 
     template <typename Scale>
     void write_floats(const Tokens& tokens, int64_t token, int64_t count, int64_t row, int64_t rows, const Scale& scale) const {
-        with_element_type(args_.dtype, [&](auto* element) {
-            write_floats_as<std::remove_pointer_t<decltype(element)>>(tokens, token, count, row, rows, scale);
-        });
+        with_element_type(args_.dtype,
+                          [&](auto* element) { write_floats_as<std::remove_pointer_t<decltype(element)>>(tokens, token, count, row, rows, scale); });
     }
 
     // scale(t, lane, from, width, out) writes `width` entries of the tile's token t, from the panel's row `lane` on.
@@ -167,9 +166,8 @@ int32_t multiply_tokens(const Int8ProductArgs& args, const OutlierColumns& colum
 class Preparation {
   public:
     Preparation(const Int8ProductArgs& args, int64_t outliers)
-        : args_(args), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes),
-          scales_(args.quantises ? kLaneScales : 1), sums_(args.quantises ? stretches_of(args.K) * W : 1),
-          chunk_(smaller(args.M, most_tokens())),
+        : args_(args), outliers_(outliers), stride_(ceil_div(args.K + 1, kDotLanes) * kDotLanes), scales_(args.quantises ? kLaneScales : 1),
+          sums_(args.quantises ? stretches_of(args.K) * W : 1), chunk_(smaller(args.M, most_tokens())),
           scratch_(size_t(chunk_ * bytes_of_token() + outliers * int64_t(sizeof(int64_t))) + 6 * Scratch::kAlignment) {
         column_ = take<int64_t>(outliers);
         codes_ = take<DotActivation>(chunk_ * stride_);
@@ -237,9 +235,7 @@ class Preparation {
         lane_scales_[token] = args_.row_stats != nullptr ? args_.row_stats[first + token] : 0.0f;
     }
 
-    template <typename Element> Element* take(int64_t count) {
-        return static_cast<Element*>(scratch_.take(size_t(count) * sizeof(Element)));
-    }
+    template <typename Element> Element* take(int64_t count) { return static_cast<Element*>(scratch_.take(size_t(count) * sizeof(Element))); }
 
     const Int8ProductArgs& args_;
     int64_t outliers_, stride_, scales_, sums_, chunk_;

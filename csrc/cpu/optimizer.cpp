@@ -119,7 +119,8 @@ void optimizer_step(const OptimizerArgs& args, const OptimizerTensor& tensor, in
 
 OptimizerSquares optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
     OptimizerSquares squares{};
-    with_algorithm(args.variant, [&](auto* algorithm) { squares = measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
+    with_algorithm(args.variant,
+                   [&](auto* algorithm) { squares = measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
     return squares;
 }
 

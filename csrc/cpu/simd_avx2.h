@@ -32,9 +32,7 @@ struct Table256 {
     const float* p;
 };
 
-BNB_INLINE __m256i first_lanes(int n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
+BNB_INLINE __m256i first_lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 
 BNB_INLINE F32 splat(float x) { return {_mm256_set1_ps(x)}; }
 BNB_INLINE I32 splat_bits(uint32_t x) { return {_mm256_set1_epi32(int(x))}; }

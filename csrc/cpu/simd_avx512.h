@@ -170,9 +170,7 @@ BNB_INLINE I32 load_nibbles(const uint8_t* p) {
     return {_mm512_srlv_epi32(pairs, _mm512_set1_epi64(4))};
 }
 
-BNB_INLINE __m128i pair_nibbles(I32 a) {
-    return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(a.v, 4), _mm512_srli_epi64(a.v, 32)));
-}
+BNB_INLINE __m128i pair_nibbles(I32 a) { return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(a.v, 4), _mm512_srli_epi64(a.v, 32))); }
 
 BNB_INLINE void store_nibbles(uint8_t* p, I32 a, I32 b) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi64(pair_nibbles(a), pair_nibbles(b)));
@@ -264,9 +262,7 @@ constexpr int kDotLanes = 32;
 constexpr uint32_t kDotOffset = 0;
 
 BNB_INLINE DotVector load_dot_weights(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) {
-    return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1, p))};
-}
+BNB_INLINE DotVector load_first_dot_weights(const int8_t* p, int n) { return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1, p))}; }
 BNB_INLINE DotVector load_dot_activations(const DotActivation* p) { return {_mm512_loadu_si512(p)}; }
 BNB_INLINE DotSum dot(DotVector w, DotVector x, DotSum sum) { return {(Words)_mm512_add_epi32((__m512i)sum.v, _mm512_madd_epi16(w.v, x.v))}; }
 BNB_INLINE I32 sums_of_quads(DotSum sum) {

@@ -194,13 +194,9 @@ BNB_INLINE Table16 scaled(Table16 table, float scale) {
     return table;
 }
 
-BNB_INLINE void reduce_add_4(const F32* v, float* out) {
-    vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v)));
-}
+BNB_INLINE void reduce_add_4(const F32* v, float* out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))); }
 
-BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) {
-    vst1q_u32(out, vpaddq_u32(vpaddq_u32(v[0].v, v[1].v), vpaddq_u32(v[2].v, v[3].v)));
-}
+BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) { vst1q_u32(out, vpaddq_u32(vpaddq_u32(v[0].v, v[1].v), vpaddq_u32(v[2].v, v[3].v))); }
 
 BNB_INLINE void load_columns(const uint8_t* p, int64_t stride, int rows, int columns, I32* out) {
     uint32x4_t a[4];

@@ -33,9 +33,11 @@ struct Table256 {
 };
 
 // Written out rather than looped over, so that the compiler sees scalars in registers.
+// clang-format off
 #define BNB_EACH(Result, expression)                                                                                                                 \
     const auto lane = [&]([[maybe_unused]] int i) { return expression; };                                                                            \
     return Result{{lane(0), lane(1), lane(2), lane(3)}}
+// clang-format on
 
 BNB_INLINE F32 splat(float x) { BNB_EACH(F32, x); }
 BNB_INLINE I32 splat_bits(uint32_t x) { BNB_EACH(I32, x); }

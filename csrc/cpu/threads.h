@@ -36,9 +36,7 @@ class SharedStatus {
 
 template <typename Function> BNB_HD void parallel_for(int64_t count, int64_t grain, int threads, const Function& function) {
     struct Call {
-        static void run(void* context, int64_t begin, int64_t end, int thread) {
-            (*static_cast<const Function*>(context))(begin, end, thread);
-        }
+        static void run(void* context, int64_t begin, int64_t end, int thread) { (*static_cast<const Function*>(context))(begin, end, thread); }
     };
     parallel_ranges(count, grain, threads, &Call::run, const_cast<Function*>(&function));
 }

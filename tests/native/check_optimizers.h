@@ -94,8 +94,8 @@ inline void check_optimizer_case(const Library& lib, Random& random, bnb::Optimi
             absmax.push_back(parameter.absmax[size_t(k)].data());
         }
     }
-    const bnb::OptimizerTensors tensors{int64_t(after.size()), sizes, p.data(), g.data(), dtypes.data(), stored.data(), absmax.data(), norms.data(),
-                                        nullptr};
+    const bnb::OptimizerTensors tensors{int64_t(after.size()), sizes,         p.data(),     g.data(), dtypes.data(),
+                                        stored.data(),         absmax.data(), norms.data(), nullptr};
     long wrong_p = lib.cpu_optimizer_step(&tensors, &s, 0) != 0, wrong_moments = 0;
 
     for (size_t t = 0; t < before.size(); ++t) {
@@ -130,7 +130,8 @@ inline void check_optimizer_case(const Library& lib, Random& random, bnb::Optimi
         }
         wrong_p += !now.p.bytes.guard_is_whole();
         for (int k = 0; k < moments; ++k)
-            wrong_moments += !now.floats[size_t(k)].guard_is_whole() || !now.codes[size_t(k)].guard_is_whole() || !now.absmax[size_t(k)].guard_is_whole();
+            wrong_moments +=
+                !now.floats[size_t(k)].guard_is_whole() || !now.codes[size_t(k)].guard_is_whole() || !now.absmax[size_t(k)].guard_is_whole();
     }
     expect(wrong_p == 0 && wrong_moments == 0, "optimizer %ld in %d bits: %ld parameters and %ld moments wrong, %s, decay %g, limit %g, step %ld",
            long(s.algorithm), in_8bit ? 8 : 32, wrong_p, wrong_moments, kDTypeNames[s.dtype], s.weight_decay, s.max_unorm, long(s.step));

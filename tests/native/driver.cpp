@@ -33,7 +33,8 @@ void check_refusals(const Library& lib) {
         refused(lib.cpu_quantize_4bit(a.data(), 0, n, 64, 2, scales.data(), out.data(), 1), "a size out of range, to quantize_4bit");
         refused(lib.cpu_quantize_blockwise(a.data(), a.data(), 0, n, 64, scales.data(), out.data(), 1), "a size out of range, to quantize_blockwise");
         refused(lib.cpu_int8_matmul(nullptr, nullptr, nullptr, n, 4, 4, 1), "a size out of range, to int8_matmul");
-        refused(lib.cpu_gemm_4bit(a.data(), out.data(), a.data(), nullptr, none, none, none, out.data(), 4, n, 4, 64, 2, 0, 1), "a size out of range");
+        refused(lib.cpu_gemm_4bit(a.data(), out.data(), a.data(), nullptr, none, none, none, out.data(), 4, n, 4, 64, 2, 0, 1),
+                "a size out of range");
     }
     const int64_t large = int64_t(1) << 40;
     refused(lib.cpu_gemm_4bit(a.data(), out.data(), a.data(), nullptr, none, none, none, out.data(), 1, large, large, 64, 2, 0, 1), "an overflow");

@@ -112,9 +112,7 @@ template <typename T> class Buffer {
     }
     Buffer(const Buffer& other) : Buffer(other.count_) { memcpy(static_cast<void*>(data_), other.data_, size_t(count_) * sizeof(T)); }
     Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() {
-        munmap(start_, mapped_);
-    }
+    ~Buffer() { munmap(start_, mapped_); }
 
     T* data() { return data_; }
     const T* data() const { return data_; }
