@@ -13,15 +13,29 @@ constexpr int kGroupsPerVector = 4;
 
 using CodeVector = Vector<uint32_t, kGroupsPerVector>;
 
+// The largest unit of 16, 4 or 1 columns that rows can be read in from an address on without reading beyond their end.
+BNB_HD int unit_of(uintptr_t address, int64_t K) {
+    const uintptr_t all = address | uintptr_t(K);
+    return all % kCodesPerVector == 0 ? kCodesPerVector : all % 4 == 0 ? 4 : 1;
+}
+
 // Codes from p on, `left` of which exist; zeros beyond.
-__device__ __forceinline__ CodeVector load_codes(const int8_t* p, int64_t left, bool is_vector) {
-    if (is_vector && left >= kCodesPerVector)
-        return *reinterpret_cast<const CodeVector*>(p);
+__device__ __forceinline__ CodeVector load_codes(const int8_t* p, int64_t left, int unit) {
     CodeVector codes = {};
+    if (unit == kCodesPerVector) {
+        if (left > 0)
+            codes = *reinterpret_cast<const CodeVector*>(p);
+    } else if (unit == 4) {
 #pragma unroll
-    for (int i = 0; i < kCodesPerVector; ++i)
-        if (i < left)
-            codes.value[i / 4] |= uint32_t(uint8_t(p[i])) << 8 * (i % 4);
+        for (int i = 0; i < kGroupsPerVector; ++i)
+            if (4 * i < left)
+                codes.value[i] = *reinterpret_cast<const uint32_t*>(p + 4 * i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kCodesPerVector; ++i)
+            if (i < left)
+                codes.value[i / 4] |= uint32_t(uint8_t(p[i])) << 8 * (i % 4);
+    }
     return codes;
 }
 

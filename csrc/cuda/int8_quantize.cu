@@ -116,8 +116,10 @@ __device__ __forceinline__ void write_codes(const T* x, int64_t columns, float l
         if (writes_vectors && first + kStep <= columns)
             store_vector(codes + first, code);
         else
-            for (int i = 0; i < kStep && first + i < columns; ++i)
-                codes[first + i] = code.value[i];
+#pragma unroll
+            for (int i = 0; i < kStep; ++i)
+                if (first + i < columns)
+                    codes[first + i] = code.value[i];
     }
 }
 
@@ -140,8 +142,9 @@ __device__ __forceinline__ void list_columns(const uint8_t* mask, int64_t column
         if (is_vector && first + kMaskStep <= columns)
             bytes = load_vector<kMaskStep>(mask + first);
         else
-            for (int i = 0; i < kMaskStep && first + i < columns; ++i)
-                bytes.value[i] = mask[first + i];
+#pragma unroll
+            for (int i = 0; i < kMaskStep; ++i)
+                bytes.value[i] = first + i < columns ? mask[first + i] : uint8_t(0);
         int own = 0;
 #pragma unroll
         for (int i = 0; i < kMaskStep; ++i)
@@ -160,9 +163,11 @@ __device__ __forceinline__ void list_columns(const uint8_t* mask, int64_t column
             place += warp < warp_index() ? counts.of_warp[warp] : 0;
             before += counts.of_warp[warp];
         }
-        for (int i = 0; i < kMaskStep && own > 0; ++i)
-            if (bytes.value[i] != 0)
-                list[place++] = first + i;
+        if (own > 0)
+#pragma unroll
+            for (int i = 0; i < kMaskStep; ++i)
+                if (bytes.value[i] != 0)
+                    list[place++] = first + i;
         __syncthreads();
     }
     if (threadIdx.x == 0)
@@ -262,8 +267,10 @@ template <typename T> __device__ __forceinline__ void store_step(T* out, const f
     if (is_vector && left >= kBackStep)
         store_vector(out, result);
     else
-        for (int i = 0; i < kBackStep && i < left; ++i)
-            out[i] = result.value[i];
+#pragma unroll
+        for (int i = 0; i < kBackStep; ++i)
+            if (i < left)
+                out[i] = result.value[i];
 }
 
 template <typename T> __device__ __forceinline__ bool is_step_aligned(const T* p) {
@@ -275,8 +282,10 @@ template <typename T> __device__ __forceinline__ Vector<T, kBackStep> load_step(
     if (is_vector && left >= kBackStep)
         return load_vector<kBackStep>(p);
     Vector<T, kBackStep> values = {};
-    for (int i = 0; i < kBackStep && i < left; ++i)
-        values.value[i] = p[i];
+#pragma unroll
+    for (int i = 0; i < kBackStep; ++i)
+        if (i < left)
+            values.value[i] = p[i];
     return values;
 }
 
@@ -306,7 +315,10 @@ template <typename T> __global__ void __launch_bounds__(kBackThreads) scale_rows
         for (int64_t first = int64_t(threadIdx.x) * kBackStep; first < args.N; first += kBackThreads * kBackStep) {
             const auto sums = load_step(product + first, args.N - first, reads_vectors);
             float values[kBackStep] = {};
-            for (int i = 0; i < kBackStep && first + i < args.N; ++i) {
+#pragma unroll
+            for (int i = 0; i < kBackStep; ++i) {
+                if (first + i >= args.N)
+                    continue;
                 const float scale = __fmul_rn(stat, args.col_stats[first + i]);
                 values[i] = __fmul_rn(__fmul_rn(__int2float_rn(sums.value[i]), scale), kPerInt8Product);
                 if (args.bias != nullptr)

@@ -28,25 +28,26 @@ __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b 
 template <int kTokens> __device__ __forceinline__ void add_products(const Int8ProductArgs& args, int64_t row, int64_t token,
                                                                     uint32_t (&sums)[kRows][kTokens][kGroupsPerVector]) {
     const int8_t *w[kRows], *x[kTokens];
-    bool is_vector = true;
+    uintptr_t addresses = 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         w[r] = args.w + smaller(row + r, args.N - 1) * args.w_stride;
-        is_vector = is_vector && reinterpret_cast<uintptr_t>(w[r]) % kCodesPerVector == 0;
+        addresses |= reinterpret_cast<uintptr_t>(w[r]);
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
         x[t] = args.x + smaller(token + t, args.M - 1) * args.x_stride;
-        is_vector = is_vector && reinterpret_cast<uintptr_t>(x[t]) % kCodesPerVector == 0;
+        addresses |= reinterpret_cast<uintptr_t>(x[t]);
     }
+    const int unit = unit_of(addresses, args.K);
     for (int64_t k = int64_t(threadIdx.x) * kCodesPerVector; k < args.K; k += kStretch) {
         CodeVector weights[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-            weights[r] = load_codes(w[r] + k, args.K - k, is_vector);
+            weights[r] = load_codes(w[r] + k, args.K - k, unit);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
-            const CodeVector codes = load_codes(x[t] + k, args.K - k, is_vector);
+            const CodeVector codes = load_codes(x[t] + k, args.K - k, unit);
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
 #pragma unroll

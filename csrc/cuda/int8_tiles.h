@@ -52,67 +52,43 @@ template <int quarters> __device__ __forceinline__ int place_of(int row, int pie
         return piece ^ (row & 1);
 }
 
-// The largest unit of 16, 4 or 1 bytes that rows can be copied in without reading beyond them.
 int copy_unit(const Int8ProductArgs& args) {
-    const uintptr_t all = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.w) | uintptr_t(args.x_stride) |
-                          uintptr_t(args.w_stride) | uintptr_t(args.K);
-    return all % kPieceBytes == 0 ? kPieceBytes : all % 4 == 0 ? 4 : 1;
-}
-
-// Starts the copy of a piece, of which `left` columns exist; the others become zeros.
-template <int unit> __device__ __forceinline__ void copy_piece(unsigned char* to, const int8_t* from, int64_t left) {
-    if constexpr (unit == kPieceBytes) {
-        copy_async_16(to, from, left > 0);
-    } else if constexpr (unit == 4) {
-#pragma unroll
-        for (int i = 0; i < kPieceBytes; i += 4)
-            copy_async_4(to + i, from + i, left > i);
-    } else {
-        *reinterpret_cast<CodeVector*>(to) = load_codes(from, left, false);
-    }
+    return unit_of(reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.w) | uintptr_t(args.x_stride) | uintptr_t(args.w_stride),
+                   args.K);
 }
 
 // Starts the copy of the rows of one operand, the first of them `base`; rows beyond `existing` and columns beyond K are zeros. A thread has the same
 // piece of every so many rows.
-template <int quarters, int rows, int unit>
-__device__ __forceinline__ void copy_rows(unsigned char* to, const int8_t* base, int64_t stride, int64_t existing, int64_t K, int64_t column) {
+template <int quarters, int rows> __device__ __forceinline__ void copy_rows(unsigned char* to, const int8_t* base, int64_t stride, int64_t existing,
+                                                                            int64_t K, int64_t column, int unit) {
     constexpr int kPieces = kPeriods * quarters, kRowStep = kThreads / kPieces;
     static_assert(kThreads % kPieces == 0 && rows % kRowStep == 0 && kRowStep % 2 == 0, "all threads have as much to do, in the same place of a row");
     const int piece = int(threadIdx.x) % kPieces, first = int(threadIdx.x) / kPieces;
     const int64_t k = column + piece / quarters * kInt8Period + piece % quarters * kPieceBytes;
     to += first * kPieces * kPieceBytes + place_of<quarters>(first, piece) * kPieceBytes;
     const int8_t* from = base + first * stride + k;
-#pragma unroll(unit == kPieceBytes ? 4 : 1)
-    for (int row = first; row < rows; row += kRowStep) {
-        const int64_t left = row < existing ? K - k : 0;
-        copy_piece<unit>(to, left > 0 ? from : base, left);
-        to += kRowStep * kPieces * kPieceBytes;
-        from += kRowStep * stride;
+    if (unit != kPieceBytes) {
+        for (int row = first; row < rows; row += kRowStep, to += kRowStep * kPieces * kPieceBytes, from += kRowStep * stride)
+            *reinterpret_cast<CodeVector*>(to) = load_codes(from, row < existing ? K - k : 0, unit);
+        return;
     }
+#pragma unroll 2
+    for (int row = first; row < rows; row += kRowStep, to += kRowStep * kPieces * kPieceBytes, from += kRowStep * stride)
+        copy_async_16(to, from, row < existing && k < K);
 }
 
 struct Tile {
     int64_t row, token; // the first of each
 };
 
-template <typename S, int unit>
-__device__ __forceinline__ void copy_stage_in(const Int8ProductArgs& args, Tile tile, int64_t column, unsigned char* stage) {
-    copy_rows<S::kQuarters, S::kRows, unit>(stage, args.w + tile.row * args.w_stride, args.w_stride, args.N - tile.row, args.K, column);
-    copy_rows<S::kQuarters, S::kTokens, unit>(stage + S::kRows * S::kRowBytes, args.x + tile.token * args.x_stride, args.x_stride,
-                                              args.M - tile.token, args.K, column);
-}
-
 // Starts the copy of the columns of one step.
 template <typename S>
-__device__ __forceinline__ void copy_stage(const Int8ProductArgs& args, Tile tile, int64_t step, unsigned char* stage, int unit) {
+__device__ __forceinline__ void copy_stage(const Int8ProductArgs& args, Tile tile, int step, unsigned char* stage, int unit) {
     constexpr int kSteps = kGroupsPerVector / S::kQuarters; // of a stretch
-    const int64_t column = step / kSteps * kStretch + step % kSteps * S::kQuarters * kPieceBytes;
-    if (unit == kPieceBytes)
-        copy_stage_in<S, kPieceBytes>(args, tile, column, stage);
-    else if (unit == 4)
-        copy_stage_in<S, 4>(args, tile, column, stage);
-    else
-        copy_stage_in<S, 1>(args, tile, column, stage);
+    const int64_t column = int64_t(step / kSteps) * kStretch + step % kSteps * S::kQuarters * kPieceBytes;
+    const int8_t *w = args.w + tile.row * args.w_stride, *x = args.x + tile.token * args.x_stride;
+    copy_rows<S::kQuarters, S::kRows>(stage, w, args.w_stride, args.N - tile.row, args.K, column, unit);
+    copy_rows<S::kQuarters, S::kTokens>(stage + S::kRows * S::kRowBytes, x, args.x_stride, args.M - tile.token, args.K, column, unit);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------- one stage
@@ -290,44 +266,41 @@ template <typename S> __device__ __forceinline__ void load_stats(const Int8Produ
 }
 
 template <typename S, typename Sum> __global__ void __launch_bounds__(kThreads, S::kBlocks)
-    multiply_tiles(Int8ProductArgs args, int64_t token_tiles, int64_t tiles, int unit) {
+    multiply_tiles(Int8ProductArgs args, int token_tiles, int unit) {
     unsigned char* stages = dynamic_shared_memory();
     float* stats = reinterpret_cast<float*>(stages + S::kStages * S::kStageBytes);
-    constexpr int kSteps = kGroupsPerVector / S::kQuarters;
-    const int64_t steps = (args.K + kStretch - 1) / kStretch * kSteps;
+    constexpr int kSteps = kGroupsPerVector / S::kQuarters, kAhead = S::kStages - 1;
+    const int steps = int((args.K + kStretch - 1) / kStretch) * kSteps;
+    const int number = int(blockIdx.x);
+    const Tile tile{int64_t(number / token_tiles) * S::kRows, int64_t(number % token_tiles) * S::kTokens};
     const Position<S> at;
-    for (int64_t number = blockIdx.x; number < tiles; number += gridDim.x) {
-        const Tile tile{number / token_tiles * S::kRows, number % token_tiles * S::kTokens};
-        if (args.classes > 1)
-            load_stats<S>(args, tile.token, stats);
-        Sum sums[S::kRowTiles][S::kTokenTiles][4] = {};
-        constexpr int kAhead = S::kStages - 1;
-        for (int64_t step = -kAhead; step < steps; ++step) {
-            if (step >= 0) {
-                copy_async_wait<kAhead - 1>();
-                __syncthreads(); // all see this stage, and nobody reads the one before any more
-            }
-            if (step + kAhead < steps)
-                copy_stage<S>(args, tile, step + kAhead, stages + (step + kAhead) % S::kStages * S::kStageBytes, unit);
-            copy_async_commit();
-            if (step >= 0)
-                multiply_stage<S>(stages + step % S::kStages * S::kStageBytes, stats, int(step % kSteps) * S::kQuarters, at, sums);
+    if (args.classes > 1)
+        load_stats<S>(args, tile.token, stats);
+    Sum sums[S::kRowTiles][S::kTokenTiles][4] = {};
+    for (int step = -kAhead; step < steps; ++step) {
+        if (step >= 0) {
+            copy_async_wait<kAhead - 1>();
+            __syncthreads(); // all see this stage, and nobody reads the one before any more
         }
-        Sum* finished = reinterpret_cast<Sum*>(stages);
-        gather_tile<S>(sums, at, finished);
-        write_tile<S>(args, tile, finished);
-        __syncthreads();
+        if (step + kAhead < steps)
+            copy_stage<S>(args, tile, step + kAhead, stages + (step + kAhead) % S::kStages * S::kStageBytes, unit);
+        copy_async_commit();
+        if (step >= 0)
+            multiply_stage<S>(stages + step % S::kStages * S::kStageBytes, stats, step % kSteps * S::kQuarters, at, sums);
     }
+    Sum* finished = reinterpret_cast<Sum*>(stages);
+    gather_tile<S>(sums, at, finished);
+    write_tile<S>(args, tile, finished);
 }
 
 template <typename S> int32_t run(const Int8ProductArgs& args, Stream stream) {
-    if (device_properties().shared_memory_limit < S::kSharedBytes + int(sizeof(OutlierPanel<S>)))
-        return kUnsupported;
+    constexpr int64_t kMost = 0x7fffffff; // blocks of a grid, and steps
     const int64_t token_tiles = divide_up(args.M, S::kTokens), tiles = token_tiles * divide_up(args.N, S::kRows);
-    constexpr int64_t kMostBlocks = 1 << 30;
-    const unsigned blocks = unsigned(tiles < kMostBlocks ? tiles : kMostBlocks);
+    const int shared_bytes = S::kSharedBytes + int(sizeof(OutlierPanel<S>));
+    if (device_properties().shared_memory_limit < shared_bytes || tiles > kMost || args.K > kMost)
+        return kUnsupported;
     const auto kernel = args.classes > 1 ? multiply_tiles<S, float> : multiply_tiles<S, uint32_t>;
-    return launch(kernel, blocks, kThreads, S::kSharedBytes, stream, args, token_tiles, tiles, copy_unit(args));
+    return launch(kernel, unsigned(tiles), kThreads, S::kSharedBytes, stream, args, int(token_tiles), copy_unit(args));
 }
 
 } // namespace
