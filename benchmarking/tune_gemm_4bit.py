@@ -63,7 +63,7 @@ DEVICES["default"] = DEVICES[80]
 # (direction, kernel, tile) -> instructions a weight, read from machine code, and wavefronts of shared memory for 32 weights.
 COSTS = {
     ("forward", "skinny", 8): (4.6, 1.4), ("forward", "skinny", 16): (3.8, 1.3), ("forward", "skinny", 32): (3.1, 1.25),
-    ("forward", "tiled", 16): (4.7, 1.3), ("forward", "tiled", 32): (5.2, 1.5), ("forward", "tiled", 64): (6.2, 2.0),
+    ("forward", "tiled", 16): (4.3, 1.3), ("forward", "tiled", 32): (4.9, 1.5), ("forward", "tiled", 64): (5.7, 2.1), ("forward", "tiled", 128): (8.6, 3.5),
     ("backward", "tiled", 16): (4.7, 1.2), ("backward", "tiled", 32): (6.8, 1.3), ("backward", "tiled", 64): (12.1, 1.6),
 }  # fmt: skip
 SCHEDULED_LANES = 128
@@ -74,7 +74,7 @@ def plans(direction: str, M: int, sums: int) -> Iterator[Plan]:
     """Every way to compute a product of M tokens whose sums have ``sums`` terms."""
     if direction == "forward" and M <= 64:
         yield from (Plan(KERNELS["skinny"], tile, 1) for tile in (8, 16, 32))
-    for tile in (16, 32, 64):
+    for tile in (16, 32, 64, 128) if direction == "forward" else (16, 32, 64):
         if tile == 16 or tile < 2 * M:
             yield from (Plan(KERNELS["tiled"], tile, splits) for splits in SPLITS if splits == 1 or sums >= splits * MOST_SPLIT_COLUMNS)
 
@@ -119,7 +119,8 @@ def _predict(capability) -> Callable:
         if plan is DENSE:
             return _dense_seconds(device, M, N, K)
         too_old = capability == 75 and plan.kernel != KERNELS["skinny"]
-        return float("inf") if too_old else _fused_seconds(device, direction, M, N, K, plan)
+        too_large = plan.tile == 128 and device.shared_memory < 208 << 10
+        return float("inf") if too_old or too_large else _fused_seconds(device, direction, M, N, K, plan)
 
     return seconds
 

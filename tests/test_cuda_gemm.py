@@ -26,7 +26,7 @@ from bitsandbytes.backends.default import ops as reference
 HALVES = (torch.float16, torch.bfloat16)
 SIMPLE = Plan(KERNELS["simple"], 0, 1)
 SKINNY = [Plan(KERNELS["skinny"], tile, 1) for tile in (8, 16, 32)]
-TILED = [Plan(KERNELS["tiled"], tile, splits) for tile, splits in ((16, 1), (16, 3), (32, 1), (32, 2), (64, 1), (64, 2))]
+TILED = [Plan(KERNELS["tiled"], tile, splits) for tile, splits in ((16, 1), (16, 3), (32, 1), (32, 2), (64, 1), (64, 2), (128, 1), (128, 2))]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "fp16", "bf16"])
 halves = pytest.mark.parametrize("dtype", HALVES, ids=["fp16", "bf16"])
@@ -240,7 +240,7 @@ def test_every_architecture(cuda_once, dtype, capability):
     """They differ in how much shared memory there is, and 7.5 has tensor cores for float16 alone; what it lacks the simple kernel does."""
     cuda_once.be(capability=capability)
     weight, A = Weight(300, 640, 64), activations(random_of(8), 24, 640, dtype, mean=0.5)
-    for plan in (SKINNY[1], TILED[0], TILED[3], TILED[4]):
+    for plan in (SKINNY[1], TILED[0], TILED[3], TILED[4], TILED[6]):
         assert_as_good_as_dense(multiply(cuda_once, A, weight, plan), A, weight.values, note=str(plan))
     A = activations(random_of(9), 24, 304, dtype)
     backward = Weight(304, 640, 64)
@@ -455,7 +455,7 @@ def test_tables_are_well_formed(capability):
             tokens = [entry[0] for entry in entries]
             assert tokens == sorted(set(tokens)) and tokens[0] >= 1
             for _, kernel, tile, splits in entries:
-                assert tile in ((8, 16, 32) if kernel == "skinny" else (16, 32, 64)) and splits >= 1
+                assert tile in ((8, 16, 32) if kernel == "skinny" else (16, 32, 64, 128)) and splits >= 1
                 assert kernel == "tiled" or (direction == "forward" and kernel == "skinny" and splits == 1)
 
 

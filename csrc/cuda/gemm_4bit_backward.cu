@@ -73,7 +73,10 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct B
 
     __device__ __forceinline__ uint32_t first_column() const { return blockIdx.x * uint32_t(8 * StepOfWarp::kColumns); }
     __device__ __forceinline__ uint32_t own_row(uint32_t n) const { return n + uint32_t(lane_index() % 4 * kOwnRows); }
-    __device__ __forceinline__ uint32_t block_of(uint32_t n, int r) const { return uint32_t((int64_t(own_row(n) + r) * args.K + column) >> shift); }
+    __device__ __forceinline__ uint32_t block_of(uint32_t n, int r) const {
+        const uint32_t row = min(own_row(n), uint32_t(args.N - kOwnRows)) + uint32_t(r);
+        return uint32_t((int64_t(row) * args.K + column) >> shift);
+    }
     // Four rows exist together: N is a multiple of 8.
     __device__ __forceinline__ bool has_rows(uint32_t n) const { return n < end && own_row(n) < uint32_t(args.N); }
 
@@ -96,13 +99,18 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct B
         }
     }
 
-    __device__ __forceinline__ void fetch_scales(RawScale (&scales)[kOwnRows], uint32_t n) const {
-        const bool exists = has_rows(n);
+    // Those of rows that do not exist are fetched from the last ones, and then count as 0.
+    __device__ __forceinline__ void fetch_scales(RawScale (&raw)[kOwnRows], uint32_t n) const {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r)
+            raw[r] = fetch_scale<nested>(args.scales, block_of(n, r));
+    }
+
+    __device__ __forceinline__ void decode_scales(float (&scales)[kOwnRows], const RawScale (&raw)[kOwnRows], uint32_t n, float offset) const {
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
-            scales[r] = 0;
-            if (exists)
-                scales[r] = fetch_scale<nested>(args.scales, block_of(n, r));
+            const float scale = decode_scale<nested>(args.scales, raw[r], block_of(n, r), offset);
+            scales[r] = has_rows(n) ? scale : 0.0f;
         }
     }
 
@@ -200,9 +208,7 @@ __global__ void __launch_bounds__(kThreads)
     int stage = 0;
     for (uint32_t n = first; n < end; n += kStride) {
         float scales[kOwnRows];
-#pragma unroll
-        for (int r = 0; r < kOwnRows; ++r)
-            scales[r] = warp.has_rows(n) ? decode_scale<nested>(args.scales, raw[r], warp.block_of(n, r), offset) : 0.0f;
+        warp.decode_scales(scales, raw, n, offset);
         warp.fetch_scales(raw, n + kStride);
         copy_async_wait<kStages - 2>();
         warp.fetch(n + (kStages - 1) * kStride, stage == 0 ? kStages - 1 : stage - 1); // what the step before has read

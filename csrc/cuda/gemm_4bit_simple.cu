@@ -79,10 +79,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) gemm_4bit_simple(const __gr
         float sums[kTokens] = {};
         if constexpr (vectors) {
 #pragma unroll kStepsAhead
-            for (int64_t k = lane_index() * kCodes; k < K; k += kWarpSize * kCodes)
-                add_codes(sums, row, A, K, tokens, k);
+            for (int64_t begin = 0; begin < K; begin += kWarpSize * kCodes) {
+                const int64_t k = begin + lane_index() * kCodes;
+                if (k < K)
+                    add_codes(sums, row, A, K, tokens, k);
+            }
         } else {
-            for (int64_t k = lane_index(); k < K; k += kWarpSize) {
+            for (int64_t begin = 0; begin < K; begin += kWarpSize) {
+                const int64_t k = begin + lane_index();
+                if (k >= K)
+                    continue;
                 const float weight = row.weight(k);
 #pragma unroll
                 for (int m = 0; m < kTokens; ++m)

@@ -57,7 +57,7 @@ template <typename T> __device__ __forceinline__ uint32_t scaled_pair(uint2 leve
     return narrow_pair<T>(__fmul_rn(float_from_bits(levels.x), first_scale), __fmul_rn(float_from_bits(levels.y), second_scale));
 }
 
-// Blocks along a row of the weight. Their numbers fit into 32 bits, and a row's length into 31: launchers see to it.
+// Blocks along a row of the weight. Their numbers and the length of a row fit into 32 bits: launchers see to it.
 struct RowBlocks {
     uint32_t first; // block of the row's first element
     int start;      // where in that block the row begins
@@ -97,7 +97,7 @@ template <bool nested> __device__ __forceinline__ float scale_offset(const Block
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------- host
-constexpr int64_t kMostColumns = int64_t(1) << 30;
+constexpr int64_t kMostColumns = int64_t(1) << 27; // 32 rows of codes are within reach of 32 bits
 constexpr int64_t kMostBlocks = int64_t(1) << 31;
 
 // What every kernel here needs: 16-bit elements that the device's tensor cores know, rows of whole 16-byte vectors, each run of 32 codes in one block.

@@ -9,8 +9,8 @@
 // Of those a lane needs, for step i of a chunk, four successive elements of a token, and for two steps 16 bytes: they are stored so that the eight lanes
 // which shared memory serves at once find theirs in different banks.
 //
-// Per chunk of 4096 weights a warp spends about 130 clocks of shared memory on look-ups, and with 64 tokens as much on activations as on the products
-// themselves (256 clocks): it should reach half of the tensor cores' rate then, and most of the memory's with 16 tokens.
+// Per chunk of 4096 weights a warp spends 128 clocks of shared memory on look-ups and 2 a token on activations; the products themselves take 4 a token.
+// So 16 tokens should reach most of the memory's rate, and 64 or 128 two thirds of what this kind of instruction can do.
 //
 // Where the rows do not fill the device, `splits` blocks share the sum over the columns: each writes its part in fp32, and a second kernel adds them up in
 // a fixed order.
@@ -44,96 +44,115 @@ __device__ __forceinline__ int place_of_vector(int token, int i) { return (i % 4
 
 // A block's view of its operands.
 template <typename T, bool nested, int kTokens, int kStages, int kStep> struct TiledBlock {
+    // Where sums take half of the registers, a loop stays one, so that the other half does not hold what comes later in it.
+    static constexpr bool kFrugal = kTokens == 128;
+
     const GemmArgs4bit& args;
     const int shift;
     const uint32_t K, end; // columns in all; the first one beyond this block's
     const int64_t first_token;
+    const int token_count; // of this block
+    const T* const vectors; // the one of a chunk's activations that the thread copies of its first token
     unsigned char* const table;
     unsigned char* const ring;
-    const uint8_t* codes[kOwnRows]; // of the lane's rows, at its columns
+    const uint8_t* const codes; // of the warp's first row
+    uint32_t places[kOwnRows];  // of the lane's rows, at its columns, in bytes from there
     RowBlocks blocks[kOwnRows];
     float sums[2][kTokens / 8][4] = {};
 
     __device__ __forceinline__ TiledBlock(const GemmArgs4bit& args, int shift, uint32_t end, unsigned char* memory)
-        : args(args), shift(shift), K(uint32_t(args.K)), end(end), first_token(int64_t(blockIdx.y) * kTokens), table(memory),
-          ring(memory + kTableBytes<kStep>) {
+        : args(args), shift(shift), K(uint32_t(args.K)), end(end), first_token(int64_t(blockIdx.y) * kTokens),
+          token_count(int(min(int64_t(kTokens), args.M - first_token))),
+          vectors(static_cast<const T*>(args.A) + (first_token + int(threadIdx.x) / kVectorsOfToken) * args.K + int(threadIdx.x) % kVectorsOfToken * 8),
+          table(memory), ring(memory + kTableBytes<kStep>), codes(args.B + base_row() * args.K / 2) {
         const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
             const int64_t row = min(first_row() + r * 8 + g, args.N - 1); // rows beyond the last repeat it, and are not stored
-            codes[r] = args.B + (row * args.K + t * 32) / 2;
+            places[r] = uint32_t((row - base_row()) * args.K + t * 32) / 2;
             blocks[r] = RowBlocks(row, args.K, shift);
         }
     }
 
     __device__ __forceinline__ int64_t first_row() const { return int64_t(blockIdx.x) * kRows + warp_index() * kRowsOfWarp; }
+    __device__ __forceinline__ int64_t base_row() const { return min(first_row(), args.N - 1); }
     __device__ __forceinline__ unsigned char* tokens_of(int stage) const { return ring + stage * kStageBytes<kTokens>; }
     __device__ __forceinline__ unsigned char* codes_of(int stage, int r) const {
         return tokens_of(stage) + kTokenBytes<kTokens> + ((warp_index() * kOwnRows + r) * kWarpSize + lane_index()) * 16;
     }
     __device__ __forceinline__ uint32_t own_column(uint32_t first) const { return first + uint32_t(lane_index() % 4 * 32); }
 
-    __device__ __forceinline__ uint32_t block_of(int r, uint32_t first) const { return blocks[r].block(int(own_column(first)), shift); }
+    __device__ __forceinline__ uint32_t block_of(int r, uint32_t first) const { return blocks[r].block(int(min(own_column(first), K - 32)), shift); }
 
     // Starts to copy a chunk. Activations beyond the last token or column become zeros; codes there are left as they are and get scale 0.
     __device__ __forceinline__ void fetch(uint32_t first, int stage) const {
+        constexpr int tokens_at_once = kThreads / kVectorsOfToken;
         if (first >= end)
             return;
         if (own_column(first) < K)
 #pragma unroll
             for (int r = 0; r < kOwnRows; ++r)
-                copy_async_16(codes_of(stage, r), codes[r] + first / 2);
+                copy_async_16(codes_of(stage, r), codes + places[r] + first / 2);
+        const int token = int(threadIdx.x) / kVectorsOfToken, i = int(threadIdx.x) % kVectorsOfToken;
+        unsigned char* to = tokens_of(stage) + (token * kVectorsOfToken + place_of_vector(token, i)) * 16;
+        const bool has_column = first + uint32_t(i * 8) < K;
 #pragma unroll
-        for (int part = 0; part < kTokens * kVectorsOfToken / kThreads; ++part) {
-            const int token = int(threadIdx.x) / kVectorsOfToken + part * (kThreads / kVectorsOfToken), i = int(threadIdx.x) % kVectorsOfToken;
-            const uint32_t k = first + uint32_t(i * 8);
-            const bool exists = first_token + token < args.M && k < K;
-            const T* from = static_cast<const T*>(args.A) + (exists ? (first_token + token) * args.K + k : 0);
-            copy_async_16(tokens_of(stage) + (token * kVectorsOfToken + place_of_vector(token, i)) * 16, from, exists);
-        }
+        for (int next = 0; next < kTokens; next += tokens_at_once) // an even number, so that the place of vector i stays
+            copy_async_16(to + next * kVectorsOfToken * 16, vectors + first + next * int64_t(K), has_column && token + next < token_count);
     }
 
-    __device__ __forceinline__ void fetch_scales(RawScale (&scales)[kOwnRows], uint32_t first) const {
-        const uint32_t k = own_column(first);
+    // Those beyond the last column are fetched from there, and then count as 0.
+    __device__ __forceinline__ void fetch_scales(RawScale (&raw)[kOwnRows], uint32_t first) const {
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r)
+            raw[r] = fetch_scale<nested>(args.scales, block_of(r, first));
+    }
+
+    __device__ __forceinline__ void decode_scales(float (&scales)[kOwnRows], const RawScale (&raw)[kOwnRows], uint32_t first, float offset) const {
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
-            scales[r] = 0;
-            if (first < end && k < K)
-                scales[r] = fetch_scale<nested>(args.scales, block_of(r, first));
+            const float scale = decode_scale<nested>(args.scales, raw[r], block_of(r, first), offset);
+            scales[r] = own_column(first) < K ? scale : 0.0f;
         }
     }
 
     __device__ __forceinline__ void multiply(const float (&scales)[kOwnRows], int stage) {
         const int g = lane_index() / 4, t = lane_index() % 4;
         Vector<uint32_t, 4> words[kOwnRows];
+        if constexpr (!kFrugal)
 #pragma unroll
-        for (int r = 0; r < kOwnRows; ++r)
-            words[r] = *reinterpret_cast<const Vector<uint32_t, 4>*>(codes_of(stage, r));
-#pragma unroll
+            for (int r = 0; r < kOwnRows; ++r)
+                words[r] = *reinterpret_cast<const Vector<uint32_t, 4>*>(codes_of(stage, r));
+#pragma unroll kFrugal ? 1 : 4
         for (int pair = 0; pair < 4; ++pair) { // of steps
-            Vector<uint32_t, 4> x[kTokens / 8];
+            uint32_t word[kOwnRows];
 #pragma unroll
-            for (int j = 0; j < kTokens / 8; ++j) {
-                const int token = j * 8 + g;
-                x[j] = *reinterpret_cast<const Vector<uint32_t, 4>*>(tokens_of(stage) + (token * kVectorsOfToken + place_of_vector(token, t * 4 + pair)) * 16);
-            }
+            for (int r = 0; r < kOwnRows; ++r)
+                word[r] = kFrugal ? *reinterpret_cast<const uint32_t*>(codes_of(stage, r) + pair * 4) : words[r].value[pair];
+            uint32_t a[2][2][4]; // of a step and a tile
 #pragma unroll
             for (int step = 0; step < 2; ++step)
 #pragma unroll
-                for (int tile = 0; tile < 2; ++tile) {
-                    uint32_t a[4];
+                for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int r = tile * 2 + i % 2;
-                        const uint2 levels = look_up<kStep>(table, words[r].value[pair], step * 2 + i / 2, copy_of_lane());
-                        a[i] = scaled_pair<T>(levels, scales[r], scales[r]);
+                        const uint2 levels = look_up<kStep>(table, word[r], step * 2 + i / 2, copy_of_lane());
+                        a[step][tile][i] = scaled_pair<T>(levels, scales[r], scales[r]);
                     }
 #pragma unroll
-                    for (int j = 0; j < kTokens / 8; ++j) {
-                        const uint32_t b[2] = {x[j].value[step * 2], x[j].value[step * 2 + 1]};
-                        mma_m16n8k16<T>(sums[tile][j], a, b, sums[tile][j]);
+            for (int j = 0; j < kTokens / 8; ++j) {
+                const int token = j * 8 + g;
+                const unsigned char* at = tokens_of(stage) + (token * kVectorsOfToken + place_of_vector(token, t * 4 + pair)) * 16;
+                const auto x = *reinterpret_cast<const Vector<uint32_t, 4>*>(at);
+#pragma unroll
+                for (int step = 0; step < 2; ++step)
+#pragma unroll
+                    for (int tile = 0; tile < 2; ++tile) {
+                        const uint32_t b[2] = {x.value[step * 2], x.value[step * 2 + 1]};
+                        mma_m16n8k16<T>(sums[tile][j], a[step][tile], b, sums[tile][j]);
                     }
-                }
+            }
         }
     }
 
@@ -153,7 +172,7 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
         if (row >= args.N)
             return;
         const float bias = args.bias == nullptr || partial != nullptr ? 0.0f : widen(static_cast<const T*>(args.bias)[row]);
-        for (int token = 0; token < kTokens && first_token + token < args.M; ++token) {
+        for (int token = 0; token < token_count; ++token) {
             const float sum = result[token * kPitch + lane_index()] + bias;
             const int64_t at = (first_token + token) * args.N + row;
             if (partial != nullptr)
@@ -166,7 +185,7 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
 
 // Blocks (x, y, z): rows, tokens, and parts of `columns` columns.
 template <typename T, bool nested, int kTokens, int kStages, int kStep>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gemm_4bit_tiled(const __grid_constant__ GemmArgs4bit args, const __grid_constant__ Levels16 levels, int shift, uint32_t columns, float* partial) {
     const uint32_t begin = blockIdx.z * columns, end = min(uint32_t(args.K), begin + columns);
     TiledBlock<T, nested, kTokens, kStages, kStep> block(args, shift, end, dynamic_shared_memory());
@@ -183,9 +202,7 @@ __global__ void __launch_bounds__(kThreads)
     int stage = 0;
     for (uint32_t first = begin; first < end; first += kChunk) {
         float scales[kOwnRows];
-#pragma unroll
-        for (int r = 0; r < kOwnRows; ++r)
-            scales[r] = block.own_column(first) < block.K ? decode_scale<nested>(args.scales, raw[r], block.block_of(r, first), offset) : 0.0f;
+        block.decode_scales(scales, raw, first, offset);
         block.fetch_scales(raw, first + kChunk);
         copy_async_wait<kStages - 2>();
         __syncthreads(); // the copies of all threads are there, and nobody reads the chunk before, whose memory is filled next
@@ -212,12 +229,14 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> int32_t 
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, plan.partial, int(used), args.N, stream);
 }
 
-// Deep and with the quick table where the device has room for that.
-template <typename T, bool nested, int kTokens> int32_t run_tokens(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
+// Deep and with the quick table where the device has room for that; kDeep stages fit into the largest shared memory.
+template <typename T, bool nested, int kTokens, int kDeep> int32_t run_tokens(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     const size_t limit = size_t(device_properties().shared_memory_limit);
-    if (shared_bytes<kTokens, 4, kWideStep>() <= limit)
-        return run_stages<T, nested, kTokens, 4, kWideStep>(args, plan, stream);
-    if (shared_bytes<kTokens, 2, kNarrowStep>() <= limit)
+    if (shared_bytes<kTokens, kDeep, kWideStep>() <= limit)
+        return run_stages<T, nested, kTokens, kDeep, kWideStep>(args, plan, stream);
+    if constexpr (kTokens == 128)
+        return run_tokens<T, nested, 64, 4>(args, plan, stream);
+    else if (shared_bytes<kTokens, 2, kNarrowStep>() <= limit)
         return run_stages<T, nested, kTokens, 2, kNarrowStep>(args, plan, stream);
     return kUnsupported;
 }
@@ -225,11 +244,13 @@ template <typename T, bool nested, int kTokens> int32_t run_tokens(const GemmArg
 template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     switch (plan.tile) {
     case 16:
-        return run_tokens<T, nested, 16>(args, plan, stream);
+        return run_tokens<T, nested, 16, 4>(args, plan, stream);
     case 32:
-        return run_tokens<T, nested, 32>(args, plan, stream);
+        return run_tokens<T, nested, 32, 4>(args, plan, stream);
     case 64:
-        return run_tokens<T, nested, 64>(args, plan, stream);
+        return run_tokens<T, nested, 64, 4>(args, plan, stream);
+    case 128:
+        return run_tokens<T, nested, 128, 3>(args, plan, stream);
     default:
         return kUnsupported;
     }

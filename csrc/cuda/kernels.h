@@ -114,7 +114,7 @@ enum GemmKernel : int32_t { kGemmSimple = 0, kGemmSkinny = 1, kGemmTiled = 2 };
 
 struct GemmPlan {
     int32_t kernel; // of the forward product
-    int32_t tile;   // skinny: rows of the weight that a warp takes, 8, 16 or 32. tiled, backward: tokens that a block takes, 16, 32 or 64
+    int32_t tile;   // skinny: rows of the weight that a warp takes, 8, 16 or 32. tiled, backward: tokens that a block takes, 16, 32, 64, tiled also 128
     int32_t splits; // tiled, backward: parts of the sum that are computed apart and added up by a second kernel
     float* partial; // [splits, M, columns of out] if there is more than one
 };
