@@ -7,8 +7,8 @@
 # PYTHON     an interpreter with torch, pytest, einops, scipy, accelerate and the published wheel of bitsandbytes. Nothing is compiled: the
 #            native CPU library of that wheel is put beside the Python sources of the checkout, so the two should be of about the same age.
 #            With transformers installed, the companion change for it is checked as well, on a copy of the installed package.
-# SELECTION  pytest options for the library's own test files. By default benchmarks, slow tests and torch.compile are left out; SELECTION=""
-#            leaves nothing out, and takes hours.
+# SELECTION  which tests of the library's own files are run, as an expression for pytest's -k; "not compile" by default, "" for all of them. What
+#            is marked as benchmark, slow or deprecated is left out, as in the library's own configuration.
 # FIX        names of folders here; all of them by default.
 #
 # The result is 0 if everything is as it should be.
@@ -18,8 +18,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 checkout=${1:?usage: check.sh CHECKOUT [FIX...]}
 shift
 python=$(command -v "${PYTHON:-python3}") || { echo "There is no interpreter ${PYTHON:-python3}; set PYTHON." >&2; exit 2; }
-selection=(-m "not benchmark and not slow and not deprecated" -k "not compile")
-if [ -n "${SELECTION+given}" ]; then read -ra selection <<< "$SELECTION"; fi
+selection=(-m "not benchmark and not slow and not deprecated" -k "${SELECTION-not compile}")
 fixes=("$@")
 if [ ${#fixes[@]} = 0 ]; then for folder in "$here"/[0-9]*/; do fixes+=("$(basename "$folder")"); done; fi
 
