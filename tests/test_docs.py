@@ -90,8 +90,9 @@ def run(path: Path) -> None:
 
 @pytest.fixture
 def clean_process(tmp_path, monkeypatch):
-    """An empty folder to run in, and no overrides left behind."""
+    """An empty folder to run in, one thread, which is enough for small tensors, and no overrides left behind."""
     monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
     yield
     GlobalOptimManager.get_instance().initialize()
 
@@ -106,7 +107,7 @@ def test_blocks_run(name, clean_process):
 @pytest.mark.parametrize("name", sorted(IN_OWN_PROCESS))
 def test_blocks_run_in_a_process_of_their_own(name, tmp_path):
     command = [sys.executable, str(Path(__file__).resolve()), name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
