@@ -3,4 +3,4 @@
 Importing this registers those that the loaded library has kernels for.
 """
 
-from . import gemm, ops, optimizers  # noqa: F401
+from . import gemm, int8, ops, optimizers  # noqa: F401
