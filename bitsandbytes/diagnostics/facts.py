@@ -8,7 +8,8 @@ The JSON object, in the order of its keys (null: there is none, or it cannot be 
 ``variables``               environment variables that change what bitsandbytes does: name -> value, those that are set
 ``backend``                 "CPU", "CUDA", "ROCm" or "XPU"
 ``devices``                 list of accelerators: ``name``, ``capability`` ("9.0"; on ROCm the architecture), ``memory`` (bytes)
-``library``                 ``path``, ``loaded``, ``error`` (what the loader said), ``available`` (GPU runtimes with a library in the package)
+``library``                 ``path``, ``loaded``, ``error`` (what the loader said), ``available`` (GPU runtimes with a library in the package),
+                            ``cpu_loaded`` (whether there are CPU kernels: on a machine with a GPU they come from a second library)
 ``instruction_sets``        of the CPU kernels: ``used``, ``best`` (of this machine), ``supported``
 ``threads``                 ``torch`` (the number in use), ``processors``, ``openmp`` (path of the runtime that runs the kernels),
                             ``openmp_runtimes`` (paths of all in the process)
@@ -85,6 +86,7 @@ def library() -> dict[str, Any]:
         "loaded": loaded,
         "error": None if loaded else _loading_error(),
         "available": cextension.get_available_cuda_binary_versions(),
+        "cpu_loaded": _has("bnb_cpu_isa"),
     }
 
 
@@ -105,16 +107,16 @@ def _loading_error() -> str:
 
 
 def instruction_sets() -> dict[str, Any]:
-    """The instruction sets of the CPU kernels. The library need not be one with CPU kernels."""
+    """The instruction sets of the CPU kernels, if there are any."""
     if not _has("bnb_cpu_isa"):
         return {"used": None, "best": None, "supported": []}
-    supported = [name for name in INSTRUCTION_SETS if cextension.lib.bnb_cpu_isa_supported(name.encode())]
-    return {"used": cextension.lib.bnb_cpu_isa().decode(), "best": supported[-1], "supported": supported}
+    supported = [name for name in INSTRUCTION_SETS if cextension.cpu_lib.bnb_cpu_isa_supported(name.encode())]
+    return {"used": cextension.cpu_lib.bnb_cpu_isa().decode(), "best": supported[-1], "supported": supported}
 
 
 def threads() -> dict[str, Any]:
     """How the CPU kernels run in parallel."""
-    openmp = cextension.lib.bnb_cpu_openmp_library().decode() if _has("bnb_cpu_openmp_library") else ""
+    openmp = cextension.cpu_lib.bnb_cpu_openmp_library().decode() if _has("bnb_cpu_openmp_library") else ""
     return {
         "torch": torch.get_num_threads(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -124,7 +126,7 @@ def threads() -> dict[str, Any]:
 
 
 def _has(symbol: str) -> bool:
-    return hasattr(getattr(cextension.lib, "_lib", None), symbol)
+    return hasattr(getattr(cextension.cpu_lib, "_lib", None), symbol)
 
 
 def _openmp_runtimes() -> list[str]:

@@ -131,6 +131,6 @@ def _of_operators(facts) -> Iterator[Problem]:
                 yield Problem("error", f"Check {status} on {device}: {names}. First: {bad[0]['detail']}", remedy)
         if all(row["check"] == "not checked" for row in rows):
             yield Problem("error", f"The operators could not be checked on {device}: {rows[0]['detail']}", REINSTALL)
-        elif device == "cpu" and facts["library"]["loaded"] and all(row["backend"] == "default" for row in rows):
+        elif device == "cpu" and facts["library"]["loaded"] and not facts["library"]["cpu_loaded"]:
             what = "The native library has no CPU kernels of this version, so PyTorch operations serve the CPU, slower."
             yield Problem("warning", what, f"Install library and package together: {REINSTALL}")
