@@ -1,5 +1,6 @@
-"""The runner of the published tests, on a checkout made up for it."""
+"""The runner of the published tests, on a checkout and an installed package made up for it."""
 
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import pytest
 from upstream_suite import surprises
 
 RUNNER = Path(__file__).with_name("upstream_suite.py")
-PACKAGE_PARENT = RUNNER.parent.parent
 
 HELPERS = "LIMIT = 3\n"
 GOOD = """
@@ -18,7 +18,7 @@ from tests.helpers import LIMIT
 
 @pytest.mark.parametrize("n", range(LIMIT))
 def test_good(n):
-    assert bitsandbytes.nn.Linear4bit
+    assert bitsandbytes.installed
 
 @pytest.mark.slow
 def test_slow():
@@ -49,6 +49,9 @@ def test_error(broken):
 
 @pytest.fixture
 def checkout(tmp_path):
+    installed = tmp_path / "installed" / "bitsandbytes"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("__version__ = '1.0'\ninstalled = True\n")
     tests = tmp_path / "checkout" / "tests"
     tests.mkdir(parents=True)
     for name, text in {"__init__.py": "", "helpers.py": HELPERS, "test_good.py": GOOD}.items():
@@ -60,11 +63,9 @@ def checkout(tmp_path):
     return tests.parent
 
 
-def run(*arguments, cwd):
-    script = f"import sys, runpy; sys.path.insert(0, {str(PACKAGE_PARENT)!r}); sys.argv = {[str(RUNNER), *map(str, arguments)]!r}; " + (
-        f"runpy.run_path({str(RUNNER)!r}, run_name='__main__')"
-    )
-    return subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=cwd, timeout=300)
+def run(checkout, *arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(checkout.parent / "installed")}
+    return subprocess.run([sys.executable, RUNNER, checkout, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
 def test_a_good_suite_is_counted_completely(checkout):
