@@ -113,6 +113,7 @@ def crowded_near(value: float) -> torch.Tensor:
 CODES = {
     "signed": SIGNED, "unsigned": UNSIGNED, "linear": torch.linspace(-1, 1, 256), "without zero": torch.linspace(0, 1, 257)[1:],
     "negative": -UNSIGNED.flip(0), "crowded": crowded_near(0.3), "crowded at zero": crowded_near(0.0), "beyond one": torch.linspace(-3, 3, 256),
+    "threshold at one": torch.cat([torch.tensor([-1.0, -1.0]), torch.linspace(-0.9, 0.9, 252), torch.tensor([1.0, 1.0])]),
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ struct CodeTables {
     const float* maps[kMostMoments]; // 256 ascending values each
     int32_t count;
     int32_t of_moment[kMostMoments];
-    int32_t copies; // of the values: a power of two, 1 to kWarpSize
+    int32_t copies;  // of the values: a power of two, 1 to kWarpSize
+    uint32_t stride; // bytes from one value to the next
     bool has_cells;
 };
 
@@ -37,8 +38,7 @@ struct CodeTraits {
 // The tables of one map in shared memory, one behind the other.
 struct CodeTable {
     float* values;    // `copies` of each
-    const unsigned char* own_values; // of the lane, `stride` bytes apart
-    uint32_t stride;
+    const unsigned char* own_values; // of the lane, tables.stride bytes apart
     float* midpoints; // 255, and infinity
     CodeTraits* traits;
     uint32_t* cells;  // of cell 0
@@ -50,7 +50,6 @@ struct CodeTable {
     __device__ __forceinline__ CodeTable(const CodeTables& tables, int number) {
         values = reinterpret_cast<float*>(dynamic_shared_memory()) + number * words(tables);
         own_values = reinterpret_cast<const unsigned char*>(values + (lane_index() & (tables.copies - 1)));
-        stride = uint32_t(tables.copies) * sizeof(float);
         midpoints = values + kCodes * tables.copies;
         traits = reinterpret_cast<CodeTraits*>(midpoints + kCodes);
         cells = reinterpret_cast<uint32_t*>(traits + 1) - kFirstCell;
@@ -59,7 +58,8 @@ struct CodeTable {
 
 // Where a magnitude with this sign is in the order of the cells: the cell above 16 bits that say where in the cell.
 BNB_HD int32_t place_in_cells(float magnitude, bool is_negative) {
-    return int32_t((float_bits(magnitude) - kSmallestBits) ^ (is_negative ? ~0u : 0u));
+    const int32_t above = int32_t(float_bits(magnitude)) - int32_t(kSmallestBits), place = above > 0 ? above : 0;
+    return is_negative ? ~place : place;
 }
 
 struct Threshold {
@@ -74,7 +74,7 @@ BNB_HD Threshold locate_threshold(const float* midpoints, int number, int negati
     const float value = midpoints[number], magnitude = float_from_bits(magnitude_bits(value));
     if (number == negatives - 1) // behind all negative numbers, whatever their magnitude
         return {-1, 0, value < 0.0f};
-    if (!(magnitude <= 1.0f))
+    if (value == 1.0f || !(magnitude <= 1.0f)) // nothing lies above 1, though rounding may leave a value a little larger
         return {value < 0.0f ? kFirstCell - 1 : kLastCell + 1, 0, true};
     const int32_t place = place_in_cells(magnitude, value < 0.0f);
     return {place >> 16, 0xffffu - (uint32_t(place) & 0xffffu), float_bits(magnitude) >= kSmallestBits};
@@ -117,14 +117,13 @@ __device__ inline void build_tables(const CodeTables& tables) {
 }
 
 // The value of byte `i` of `word`.
-__device__ __forceinline__ float decode(const CodeTable& table, uint32_t word, int i) {
-    return *reinterpret_cast<const float*>(table.own_values + __byte_perm(word, 0, 0x4440u + unsigned(i)) * table.stride);
+__device__ __forceinline__ float decode(const CodeTables& tables, const CodeTable& table, uint32_t word, int i) {
+    return *reinterpret_cast<const float*>(table.own_values + __byte_perm(word, 0, 0x4440u + unsigned(i)) * tables.stride);
 }
 
-// The code of x in byte 2; only with cells.
+// The code of x in byte 2; only with cells, and with a finite inverse.
 __device__ __forceinline__ uint32_t encode_by_cell(const CodeTable& table, float x, float inverse) {
-    const float magnitude = fminf(fmaxf(fabsf(x * inverse), float_from_bits(kSmallestBits)), 1.0f); // 0 * infinity: the smallest
-    const int32_t place = place_in_cells(magnitude, x < 0.0f);
+    const int32_t place = place_in_cells(fabsf(x) * inverse, x < 0.0f);
     return table.cells[place >> 16] + (uint32_t(place) & 0xffffu);
 }
 

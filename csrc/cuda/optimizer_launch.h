@@ -30,6 +30,7 @@ inline size_t lay_out_codes(const float* const* qmaps, int moments, CodeTables& 
     }
     const auto bytes = [&](int copies, bool has_cells) {
         tables.copies = copies;
+        tables.stride = uint32_t(copies) * sizeof(float);
         tables.has_cells = has_cells;
         return sizeof(float) * size_t(CodeTable::words(tables)) * size_t(tables.count);
     };
