@@ -66,8 +66,8 @@ int32_t bnb_cuda_quantize_blockwise(const float* code, const void* A, int32_t dt
     return on_device(device, launch_quantize_blockwise, QuantizeArgsBlockwise{code, A, absmax, out, n, blocksize, DType(dtype)}, stream);
 }
 
-int32_t bnb_cuda_dequantize_blockwise(const float* code, const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t dtype, void* out,
-                                      int32_t device, void* stream) {
+int32_t bnb_cuda_dequantize_blockwise(const float* code, const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t dtype,
+                                      void* out, int32_t device, void* stream) {
     if (!is_dtype(dtype) || !are_sizes(n, blocksize))
         return kBadArgument;
     if (n == 0)

@@ -24,8 +24,8 @@ BNB_API int32_t bnb_cuda_quantize_4bit(const void* A, int32_t dtype, int64_t n, 
                                        int32_t device, void* stream);
 
 // code: 256 ascending floats. That they are is not checked: it would take a copy to the host. Others give codes without meaning.
-BNB_API int32_t bnb_cuda_quantize_blockwise(const float* code, const void* A, int32_t dtype, int64_t n, int64_t blocksize, float* absmax, uint8_t* out,
-                                            int32_t device, void* stream);
+BNB_API int32_t bnb_cuda_quantize_blockwise(const float* code, const void* A, int32_t dtype, int64_t n, int64_t blocksize, float* absmax,
+                                            uint8_t* out, int32_t device, void* stream);
 
 BNB_API int32_t bnb_cuda_dequantize_blockwise(const float* code, const uint8_t* A, const float* absmax, int64_t n, int64_t blocksize, int32_t dtype,
                                               void* out, int32_t device, void* stream);
@@ -45,10 +45,10 @@ BNB_API int32_t bnb_cuda_gemm_4bit(const void* A, const uint8_t* B, const float*
                                    int64_t partial_count, int32_t device, void* stream);
 
 // out[M, K] = A[M, N] . dequantised(B)[N, K]. kUnsupported: not on this device, or not for this type, these sizes or addresses.
-BNB_API int32_t bnb_cuda_gemm_4bit_backward(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
-                                            const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize,
-                                            int32_t quant_type, int32_t dtype, int32_t tile, int32_t splits, float* partial, int64_t partial_count,
-                                            int32_t device, void* stream);
+BNB_API int32_t bnb_cuda_gemm_4bit_backward(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit,
+                                            const float* absmax_code, const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K,
+                                            int64_t blocksize, int32_t quant_type, int32_t dtype, int32_t tile, int32_t splits, float* partial,
+                                            int64_t partial_count, int32_t device, void* stream);
 
 // ------------------------------------------------------------------------------------------------------------------------ LLM.int8()
 // As in api.h. Outlier columns stay on the device: is_outlier has `columns` truth values, outlier_list room for as many indices, which come in

@@ -22,7 +22,7 @@ BNB_API void* get_context(void) {
 #define BNB_EACH_DTYPE(X) X(fp32, bnb::kFloat32) X(fp16, bnb::kFloat16) X(bf16, bnb::kBFloat16)
 
 // X(suffix, dtype, name of the 4-bit type, 4-bit type). The code is that of 8 bits, so it is not looked at here.
-#define BNB_LEGACY_4BIT(suffix, dtype, name, quant_type)                                                                                              \
+#define BNB_LEGACY_4BIT(suffix, dtype, name, quant_type)                                                                                             \
     BNB_API void cquantize_blockwise_##suffix##_##name(float*, void* A, float* absmax, uint8_t* out, int32_t blocksize, int32_t n) {                 \
         bnb_cuda_quantize_4bit(A, dtype, n, blocksize, quant_type, absmax, out, bnb::kCurrentDevice, nullptr);                                       \
     }                                                                                                                                                \

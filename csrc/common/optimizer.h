@@ -21,13 +21,13 @@ constexpr int kMostMoments = 3;
 struct OptimizerTensors {
     int64_t count;
     const int64_t* sizes;
-    void* const* p;            // of the settings' dtype
+    void* const* p; // of the settings' dtype
     const void* const* g;
     const int64_t* g_dtypes;
-    void* const* moments;      // K entries a parameter: floats, or codes of 8 bits
-    float* const* absmax;      // for codes, K entries a parameter: one float for each 256 elements
-    float* update_norms;       // with a limit: receive the norms of the updates
-    const int64_t* seeds;      // null: round to nearest
+    void* const* moments; // K entries a parameter: floats, or codes of 8 bits
+    float* const* absmax; // for codes, K entries a parameter: one float for each 256 elements
+    float* update_norms;  // with a limit: receive the norms of the updates
+    const int64_t* seeds; // null: round to nearest
 };
 
 // Scalars are double as the caller has them: what is derived from them is rounded once.
@@ -53,9 +53,9 @@ struct OptimizerVariant {
 // The scalars of a step, rounded.
 struct OptimizerScalars {
     float gnorm_scale;
-    float kept;  // 1 - lr * weight_decay where decay is decoupled, else 1
-    float decay; // weight_decay where it is added to the gradient, else 0
-    float step_size; // negative: p += step_size * direction
+    float kept;                                     // 1 - lr * weight_decay where decay is decoupled, else 1
+    float decay;                                    // weight_decay where it is added to the gradient, else 0
+    float step_size;                                // negative: p += step_size * direction
     float beta1, rest1, beta2, rest2, beta3, rest3; // rest = 1 - beta
     float alpha, eps, mean_correction, root_correction;
     bool first_step, nesterov, skips_zeros;

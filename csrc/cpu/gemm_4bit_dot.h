@@ -17,8 +17,8 @@ namespace BNB_ISA {
 constexpr bool kManyRegisters = W == 16; // 32 vectors, a table in one of them
 constexpr int kTileTokens = 8;
 constexpr int kMostDotTokens = kManyRegisters ? 40 : 8; // from here on a panel is faster
-constexpr int kDotGroup = 64;                // rows that share one pass over packed activations
-constexpr int64_t kDotCacheBytes = 32 << 10; // of packed activations in one pass
+constexpr int kDotGroup = 64;                           // rows that share one pass over packed activations
+constexpr int64_t kDotCacheBytes = 32 << 10;            // of packed activations in one pass
 
 constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : 2) : (tokens == 1 ? 2 : 1); }
 

@@ -25,7 +25,7 @@ constexpr int kDotRows = 2, kDotTokens = 4; // 8 of 16
 constexpr int kDotRows = 1, kDotTokens = 4;
 #endif
 constexpr int64_t kDotStretch = 4096; // a tile's tokens stay in the first-level cache while the rows of a panel pass
-constexpr int kDotPanel = 64; // rows of the weight that stay in the second-level cache while the tokens pass
+constexpr int kDotPanel = 64;         // rows of the weight that stay in the second-level cache while the tokens pass
 constexpr int64_t kPrefetchAhead = 512;
 
 // A class is what one lane sums up, of every vector of 64 codes or, where vectors are shorter, of every so many of them: a phase.
@@ -42,7 +42,7 @@ struct DotSource {
     const DotActivation* x; // readable up to a whole vector, zero beyond the end
     int64_t x_stride;
     int64_t K;
-    const float* scales; // for sums of classes: kLaneScales of each token
+    const float* scales;         // for sums of classes: kLaneScales of each token
     const uint32_t* corrections; // and what to add to the sum of each lane: of each token W for each stretch of K
 };
 

@@ -28,8 +28,8 @@ struct DequantizeArgs4bit {
 };
 
 struct QuantizeArgsBlockwise {
-    const float* midpoints;  // 255 decision thresholds, ascending
-    const CellTable* cells;  // the same thresholds as a lookup table, or null: search the midpoints
+    const float* midpoints; // 255 decision thresholds, ascending
+    const CellTable* cells; // the same thresholds as a lookup table, or null: search the midpoints
     const void* input;
     float* absmax;
     uint8_t* output;
@@ -48,14 +48,14 @@ struct DequantizeArgsBlockwise {
 
 // out[M, N] = A[M, K] . dequantised(B)[N, K]^T + bias
 struct GemmArgs4bit {
-    const void* A;             // [M, K] of dtype
-    const uint8_t* B;          // N * K codes packed in flat order
-    const float* absmax;       // scale of flat element i: scale[i / blocksize]
-    const uint8_t* absmax_8bit;   // null, or nested statistics:
-    const float* absmax_code;     // scale[j] = absmax_code[absmax_8bit[j]] * absmax[j / 256] + absmax_offset[0], rounded twice
+    const void* A;              // [M, K] of dtype
+    const uint8_t* B;           // N * K codes packed in flat order
+    const float* absmax;        // scale of flat element i: scale[i / blocksize]
+    const uint8_t* absmax_8bit; // null, or nested statistics:
+    const float* absmax_code;   // scale[j] = absmax_code[absmax_8bit[j]] * absmax[j / 256] + absmax_offset[0], rounded twice
     const float* absmax_offset;
-    const void* bias;          // N of dtype, or null
-    void* out;                 // [M, N] of dtype
+    const void* bias; // N of dtype, or null
+    void* out;        // [M, N] of dtype
     int64_t M, N, K, blocksize;
     QuantType quant_type;
     DType dtype;
@@ -93,18 +93,18 @@ struct Int8ScaleArgs {
 
 // A . CB^T of int8 matrices, dequantised, plus A's outlier columns times the dequantised columns of CB, plus the bias.
 struct Int8ProductArgs {
-    const void* A;           // [M, K] of dtype; may be null where there are codes and no outlier columns
-    bool quantises;          // A is to be quantised here
-    const int8_t* codes;     // of A otherwise
-    const float* row_stats;  // beside the codes
-    float limit;             // of quantisation, and its mask of outlier columns, as above
+    const void* A;          // [M, K] of dtype; may be null where there are codes and no outlier columns
+    bool quantises;         // A is to be quantised here
+    const int8_t* codes;    // of A otherwise
+    const float* row_stats; // beside the codes
+    float limit;            // of quantisation, and its mask of outlier columns, as above
     uint8_t* is_outlier;
     const int64_t* outlier_columns; // beside the codes: any number of columns, in any order
     int64_t outliers;
-    const int8_t* CB;        // [N, K]
-    const float* SCB;        // N, or null: out is the int32 product itself
-    const float* bias;       // N, or null
-    void* out;               // [M, N] of dtype, or of int32
+    const int8_t* CB;  // [N, K]
+    const float* SCB;  // N, or null: out is the int32 product itself
+    const float* bias; // N, or null
+    void* out;         // [M, N] of dtype, or of int32
     int64_t M, N, K;
     DType dtype;
     int threads;
@@ -128,7 +128,7 @@ struct KernelTable {
     void (*dequantize_4bit)(const DequantizeArgs4bit& args, int64_t first, int64_t last);
     void (*quantize_blockwise)(const QuantizeArgsBlockwise& args, int64_t first, int64_t last);
     void (*dequantize_blockwise)(const DequantizeArgsBlockwise& args, int64_t first, int64_t last);
-    int32_t (*gemm_4bit)(const GemmArgs4bit& args); // splits its work over threads itself; returns a Status
+    int32_t (*gemm_4bit)(const GemmArgs4bit& args);          // splits its work over threads itself; returns a Status
     int32_t (*gemm_4bit_backward)(const GemmArgs4bit& args); // so does this one; A is [M, N], out is [M, K]
     void (*int8_find_outliers)(const Int8QuantizeArgs& args, int64_t first_column, int64_t last_column); // writes is_outlier
     void (*int8_quantize_rows)(const Int8QuantizeArgs& args, int64_t first, int64_t last);               // reads is_outlier
@@ -137,7 +137,7 @@ struct KernelTable {
     void (*int8_scale_rows)(const Int8ScaleArgs& args, int64_t first, int64_t last);
     int32_t (*int8_product)(const Int8ProductArgs& args); // these two split their work over threads themselves
     int32_t (*int8_backward)(const Int8BackwardArgs& args);
-    void (*optimizer_step)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last); // blocks of 256
+    void (*optimizer_step)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last);                // blocks of 256
     OptimizerSquares (*optimizer_measure)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last); // changes nothing
 };
 

@@ -36,7 +36,7 @@ struct OptimizerTensor {
     DType g_dtype;
     void* const* moments; // K of them
     float* const* absmax;
-    float scale;       // of the update, from the limit on its norm
+    float scale; // of the update, from the limit on its norm
     bool rounds_randomly;
     uint32_t seed;
 };

@@ -151,8 +151,8 @@ void explain_deadlock() {
         barrier = thread.state == State::kAtBarrier ? &thread : barrier;
         warp = thread.state == State::kInWarp ? &thread : warp;
     }
-    fail("threads wait for others that never come: of %d, %d are at a barrier (line %d), %d in warp operations (mask %#x), %d have ended", machine.count,
-         machine.at_barrier, barrier ? barrier->barrier_line : 0, in_warp, warp ? warp->mask : 0u, ended);
+    fail("threads wait for others that never come: of %d, %d are at a barrier (line %d), %d in warp operations (mask %#x), %d have ended",
+         machine.count, machine.at_barrier, barrier ? barrier->barrier_line : 0, in_warp, warp ? warp->mask : 0u, ended);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------- shared memory
@@ -344,8 +344,8 @@ void fail(const char* format, ...) {
     va_end(arguments);
     if (machine.running != nullptr) {
         const Place& place = machine.running->place;
-        fprintf(stderr, "; in thread (%u, %u, %u) of block (%u, %u, %u)", place.thread.x, place.thread.y, place.thread.z, place.block.x, place.block.y,
-                place.block.z);
+        fprintf(stderr, "; in thread (%u, %u, %u) of block (%u, %u, %u)", place.thread.x, place.thread.y, place.thread.z, place.block.x,
+                place.block.y, place.block.z);
     }
     fputs("\n", stderr);
     abort();

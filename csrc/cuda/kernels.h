@@ -48,10 +48,10 @@ const char* last_device_error();
 // ------------------------------------------------------------------------------------------------------- 4-bit and 8-bit blocks (quantize, dequantize)
 // The absmax of 4-bit blocks: floats, or (nested) 8-bit codes whose own blocks of 256 have a float each, around an offset.
 struct BlockScales {
-    const float* absmax;         // [blocks], nested: [ceil(blocks / 256)]
-    const uint8_t* absmax_8bit;  // [blocks], or null
-    const float* absmax_code;    // [256]
-    const float* absmax_offset;  // [1]
+    const float* absmax;        // [blocks], nested: [ceil(blocks / 256)]
+    const uint8_t* absmax_8bit; // [blocks], or null
+    const float* absmax_code;   // [256]
+    const float* absmax_offset; // [1]
 };
 
 struct QuantizeArgs4bit {
@@ -114,7 +114,7 @@ enum GemmKernel : int32_t { kGemmSimple = 0, kGemmSkinny = 1, kGemmTiled = 2 };
 
 struct GemmPlan {
     int32_t kernel; // of the forward product
-    int32_t tile;   // skinny: rows of the weight that a warp takes, 8, 16 or 32. tiled, backward: tokens that a block takes, 16, 32, 64, tiled also 128
+    int32_t tile; // skinny: rows of the weight that a warp takes, 8, 16 or 32. tiled, backward: tokens that a block takes, 16, 32, 64, tiled also 128
     int32_t splits; // tiled, backward: parts of the sum that are computed apart and added up by a second kernel
     float* partial; // [splits, M, columns of out] if there is more than one
 };
@@ -227,7 +227,7 @@ struct Int8ProductArgs {
     const float* w_stats; // [N]
     const void* bias;     // [N] of bias_dtype, or null
     DType bias_dtype;
-    const void* A;        // [M, K] of dtype, as the codes were made from
+    const void* A;                  // [M, K] of dtype, as the codes were made from
     const int64_t* outlier_columns; // null: none. Columns that A has not are passed over
     const int64_t* outlier_count;   // on the device; null: `outliers`
     int64_t outliers;

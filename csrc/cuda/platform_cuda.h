@@ -60,7 +60,9 @@ template <int bytes, typename Word> __device__ __forceinline__ void copy_async(v
 
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool wanted = true) { copy_async<16, uint4>(shared, global, wanted); }
 __device__ __forceinline__ void copy_async_8(void* shared, const void* global, bool wanted = true) { copy_async<8, uint2>(shared, global, wanted); }
-__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool wanted = true) { copy_async<4, uint32_t>(shared, global, wanted); }
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool wanted = true) {
+    copy_async<4, uint32_t>(shared, global, wanted);
+}
 
 __device__ __forceinline__ void copy_async_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -141,7 +141,8 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shar
     return std::apply(
         [&](auto&... value) {
             void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-            return check_device(hipLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, static_cast<hipStream_t>(stream)));
+            return check_device(
+                hipLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, static_cast<hipStream_t>(stream)));
         },
         values);
 }

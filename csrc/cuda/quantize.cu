@@ -14,9 +14,9 @@ namespace {
 
 constexpr int kThreads = 256;
 template <typename T> constexpr int kGroup = 32 / int(sizeof(T)); // elements of a lane
-constexpr int kGroupsAtOnce = 2;                                 // that a lane has under way
-constexpr int kMostLanes = 32;                                   // that share a small block
-constexpr int kBlocksAtOnce = 4; // that a multiprocessor has room for
+constexpr int kGroupsAtOnce = 2;                                  // that a lane has under way
+constexpr int kMostLanes = 32;                                    // that share a small block
+constexpr int kBlocksAtOnce = 4;                                  // that a multiprocessor has room for
 // 8 bit: with fewer elements a multiprocessor searches them faster than it fills the tables of CellCoder (an estimate: 75 elements a thread).
 constexpr int64_t kElementsWorthCells = 75 * kThreads * kBlocksAtOnce;
 
@@ -213,7 +213,8 @@ template <typename Coder, typename T> __global__ void __launch_bounds__(kThreads
 }
 
 // Coder for blocks of the usual sizes, AnyCoder for all others.
-template <typename Coder, typename AnyCoder, typename T> int32_t run(const QuantizeKernelArgs<T>& args, int blocks_per_multiprocessor, Stream stream) {
+template <typename Coder, typename AnyCoder, typename T> int32_t run(const QuantizeKernelArgs<T>& args, int blocks_per_multiprocessor,
+                                                                     Stream stream) {
     const int64_t most = int64_t(device_properties().multiprocessors) * blocks_per_multiprocessor;
     const auto grid = [&](int64_t elements_of_a_block) { return unsigned(min(divide_up(args.n, elements_of_a_block), most)); };
     const bool are_groups_aligned = is_aligned(args.input, 16) && is_aligned(args.output, kGroup<T> * Coder::kBits / 8);
