@@ -23,7 +23,7 @@ _ROUNDING_SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2**23: added to a number bel
 
 @triton.jit
 def magnitude_bits(x):
-    """Bits of \\|x\\| as int32, which are ordered like the magnitudes."""
+    """Bits of the magnitude as int32, which are ordered like the magnitudes themselves."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
