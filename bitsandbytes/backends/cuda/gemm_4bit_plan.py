@@ -53,6 +53,8 @@ def backward_plan(capability: int, on_tensor_cores: bool, M: int, N: int, K: int
 
 def _planned(table: dict, direction: str, M: int, N: int, K: int, width: int) -> Optional[Plan]:
     """The entry for M tokens of the nearest shape: entries are (most tokens, kernel, tile, splits)."""
+    if 0 in (M, N, K):  # nothing to multiply
+        return None
     shapes = table[direction]
     nearest = min(shapes, key=lambda shape: abs(log2(shape[0] / N)) + abs(log2(shape[1] / K)), default=None)
     for most_tokens, kernel, tile, splits in shapes.get(nearest, ()):
