@@ -77,6 +77,13 @@ def _encode_kernel(
     tl.store(codes + at, code, mask=inside)
 
 
+_ROWS, _COLUMNS = 4, 512  # of a tile whose rows lie in memory as they are
+
+
+def _grid(matrix):
+    return ceil_div(matrix.shape[0], _ROWS), ceil_div(matrix.shape[1], _COLUMNS)
+
+
 def _as_matrix(A):
     return A.contiguous().view(A.shape[:-1].numel(), A.shape[-1])
 
@@ -85,7 +92,7 @@ def _largest(matrix, threshold, is_outlier, classes=1):
     """Statistics of rows, float32 [rows * classes]. Marks outlier columns in ``is_outlier``, uint8 [columns]."""
     rows, columns = matrix.shape
     stats = torch.empty(rows * classes, dtype=torch.float32, device=matrix.device)
-    row_tile, column_tile = (4, 512) if matrix.stride(1) == 1 else (64, 32)
+    row_tile, column_tile = (_ROWS, _COLUMNS) if matrix.stride(1) == 1 else (64, 32)
     launch(
         _largest_kernel, (ceil_div(rows, row_tile),), matrix, stats, is_outlier, rows, columns, *matrix.stride(), float(threshold),
         HAS_THRESHOLD=threshold > 0.0, CLASSES=classes, ROWS=row_tile, COLUMNS=column_tile,
@@ -96,8 +103,8 @@ def _largest(matrix, threshold, is_outlier, classes=1):
 def _encode(matrix, stats, threshold, is_outlier, classes=1, of_rows=True):
     codes = torch.empty_like(matrix, dtype=torch.int8)
     launch(
-        _encode_kernel, (ceil_div(matrix.shape[0], 4), ceil_div(matrix.shape[1], 512)), matrix, stats, is_outlier, codes, *matrix.shape,
-        float(threshold), HAS_THRESHOLD=threshold > 0.0, CLASSES=classes, OF_ROWS=of_rows, ROWS=4, COLUMNS=512,
+        _encode_kernel, _grid(matrix), matrix, stats, is_outlier, codes, *matrix.shape,
+        float(threshold), HAS_THRESHOLD=threshold > 0.0, CLASSES=classes, OF_ROWS=of_rows, ROWS=_ROWS, COLUMNS=_COLUMNS,
     )  # fmt: skip
     return codes
 
@@ -137,30 +144,32 @@ def _scaled(sums, row_stat, col_stat):
     return (sums.to(tl.float32) * (row_stat * col_stat)) * ar.PER_PRODUCT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _dequantize_kernel(
-    x, row_stats, col_stats, bias, out, count, columns, OF_PRODUCT: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr
+    x, row_stats, col_stats, bias, out, rows, columns, OF_PRODUCT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """``OF_PRODUCT``: x holds sums of products of codes; else codes, which have no statistics of columns."""
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = at < count
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
     values = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    row_stat = tl.load(row_stats + at // columns, mask=inside, other=0.0)
+    row_stat = tl.load(row_stats + row, mask=row < rows, other=0.0)[:, None]
     if OF_PRODUCT:
-        values = _scaled(values, row_stat, tl.load(col_stats + at % columns, mask=inside, other=0.0))
+        values = _scaled(values, row_stat, tl.load(col_stats + column, mask=column < columns, other=0.0)[None, :])
     else:
         values = (values * row_stat) * ar.PER_CODE
     if HAS_BIAS:
-        values += tl.load(bias + at % columns, mask=inside, other=0).to(tl.float32)
+        values += tl.load(bias + column, mask=column < columns, other=0).to(tl.float32)[None, :]
     tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
 
 
 def _dequantize(A, row_stats, col_stats, bias, dtype):
-    out = A.new_empty(A.shape, dtype=dtype)
+    matrix, out = _as_matrix(A), A.new_empty(A.shape, dtype=dtype)
     of_product, has_bias = col_stats is not None, bias is not None
     launch(
-        _dequantize_kernel, (ceil_div(A.numel(), 1024),), A.contiguous(), row_stats.contiguous(), col_stats.contiguous() if of_product else out,
-        bias.contiguous() if has_bias else out, out, A.numel(), A.shape[-1], OF_PRODUCT=of_product, HAS_BIAS=has_bias, TILE=1024,
+        _dequantize_kernel, _grid(matrix), matrix, row_stats.contiguous(), col_stats.contiguous() if of_product else out,
+        bias.contiguous() if has_bias else out, out, *matrix.shape, OF_PRODUCT=of_product, HAS_BIAS=has_bias, ROWS=_ROWS, COLUMNS=_COLUMNS,
     )  # fmt: skip
     return out
 
