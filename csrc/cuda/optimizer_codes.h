@@ -37,11 +37,11 @@ struct CodeTraits {
 
 // The tables of one map in shared memory, one behind the other.
 struct CodeTable {
-    float* values;    // `copies` of each
+    float* values;                   // `copies` of each
     const unsigned char* own_values; // of the lane, tables.stride bytes apart
-    float* midpoints; // 255, and infinity
+    float* midpoints;                // 255, and infinity
     CodeTraits* traits;
-    uint32_t* cells;  // of cell 0
+    uint32_t* cells; // of cell 0
 
     static BNB_MEMBER int words(const CodeTables& tables) {
         return kCodes * tables.copies + kCodes + int(sizeof(CodeTraits) / sizeof(float)) + (tables.has_cells ? kLastCell + 1 - kFirstCell : 0);
