@@ -10,6 +10,7 @@ dense product. Weights rotate over more memory than the cache holds; a way's tim
 
 import argparse
 from collections.abc import Callable, Iterator
+import functools
 from math import ceil
 from pathlib import Path
 import pprint
@@ -63,7 +64,8 @@ DEVICES["default"] = DEVICES[80]
 # (direction, kernel, tile) -> instructions a weight, read from machine code, and wavefronts of shared memory for 32 weights.
 COSTS = {
     ("forward", "skinny", 8): (4.6, 1.4), ("forward", "skinny", 16): (3.8, 1.3), ("forward", "skinny", 32): (3.1, 1.25),
-    ("forward", "tiled", 16): (4.3, 1.3), ("forward", "tiled", 32): (4.9, 1.5), ("forward", "tiled", 64): (5.7, 2.1), ("forward", "tiled", 128): (8.6, 3.5),
+    ("forward", "tiled", 16): (4.3, 1.3), ("forward", "tiled", 32): (4.9, 1.5), ("forward", "tiled", 64): (5.7, 2.1),
+    ("forward", "tiled", 128): (8.6, 3.5),
     ("backward", "tiled", 16): (4.7, 1.2), ("backward", "tiled", 32): (6.8, 1.3), ("backward", "tiled", 64): (12.1, 1.6),
 }  # fmt: skip
 SCHEDULED_LANES = 128
@@ -132,27 +134,29 @@ def _measure() -> Callable:
     """Seconds of a product on the GPU, from replays of a graph of launches over rotating weights."""
     from bitsandbytes.backends.cuda import gemm
 
-    def weights_of(N: int, K: int):
-        copies = max(2, min(64, int(4 * torch.cuda.get_device_properties(0).L2_cache_size / (N * K / 2)) + 1))
-        make = lambda: torch.randint(0, 256, (N * K // 2, 1), dtype=torch.uint8, device="cuda")  # noqa: E731
-        return [(make(), torch.rand(N * K // BLOCKSIZE, device="cuda")) for _ in range(copies)]
+    @functools.lru_cache(maxsize=1)
+    def weights_of(N: int, K: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = max(2, min(64, 4 * cache // (N * K // 2) + 1))
+        packed = (torch.randint(0, 256, (N * K // 2, 1), dtype=torch.uint8, device="cuda") for _ in range(copies))
+        return [(part, torch.rand(N * K // BLOCKSIZE, device="cuda")) for part in packed]
 
     def seconds(direction: str, M: int, N: int, K: int, plan) -> float:
         A = torch.randn(M, K if direction == "forward" else N, device="cuda", dtype=torch.bfloat16)
         operator, planner = (gemm.gemm_4bit, "forward_plan") if direction == "forward" else (gemm.gemm_4bit_backward, "backward_plan")
-        chosen, keep = (lambda *shape: plan), getattr(gemm, planner)
-        setattr(gemm, planner, chosen)
+        usual = getattr(gemm, planner)
+        setattr(gemm, planner, lambda *shape: plan)
         try:
-            return _graph_seconds([lambda w=w: operator(A, w[0], (N, K), w[1], BLOCKSIZE, "nf4") for w in weights_of(N, K)])
+            return _graph_seconds([functools.partial(operator, A, packed, (N, K), absmax, BLOCKSIZE, "nf4") for packed, absmax in weights_of(N, K)])
         finally:
-            setattr(gemm, planner, keep)
+            setattr(gemm, planner, usual)
 
-    return seconds
+    return functools.lru_cache(maxsize=None)(seconds)
 
 
-def _graph_seconds(calls: list, replays: int = 15) -> float:
-    for call in calls[:2]:
-        call()
+def _graph_seconds(calls: list[Callable], replays: int = 7) -> float:
+    """The median over replays of a graph of all calls, for one call."""
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -226,7 +230,8 @@ def main() -> None:
         predicted = {known: table(_predict(known), "predicted", has_backward=known != 75) for known in DEVICES if known not in kept}
         write(dict(sorted({**kept, **predicted}.items(), key=lambda item: str(item[0]).zfill(3))))
         return
-    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    major, minor = torch.cuda.get_device_capability()
+    capability = 10 * major + minor
     if args.check:
         check(_measure(), capability)
         return

@@ -7,6 +7,7 @@ type. Accuracy is that of the contract: against float64, no more than 1.1 times 
 import ctypes as ct
 import os
 from pathlib import Path
+import runpy
 import subprocess
 import sys
 
@@ -469,6 +470,16 @@ def test_every_device_and_shape_has_a_plan(capability):
             assert (backward is not None) >= (M <= 128 and capability >= 80)
             assert backward_plan(capability, False, M, N, K) is None
         assert forward_plan(capability, False, 1, N, K) == SIMPLE and forward_plan(capability, False, 5000, N, K) is None
+
+
+def test_predicted_tables_are_those_of_the_script():
+    path = Path(__file__).resolve().parent.parent / "benchmarking" / "tune_gemm_4bit.py"
+    if not path.exists():
+        pytest.skip("the benchmarks are not beside these tests")
+    script = runpy.run_path(str(path))
+    for capability in (75, 90, "default"):
+        if TABLES[capability]["origin"] == "predicted":
+            assert script["table"](script["_predict"](capability), "predicted", has_backward=capability != 75) == TABLES[capability]
 
 
 def test_a_newer_device_of_a_family_follows_the_older_one():

@@ -8,6 +8,8 @@
 namespace bnb {
 namespace {
 
+constexpr int32_t kUsualSkinnyTile = 16;
+
 struct GemmCall {
     GemmArgs4bit args;
     GemmPlan plan;
@@ -16,7 +18,8 @@ struct GemmCall {
 // `width` is the width of the result, `depth` the length of its sums. kOk and `is_empty` for results without elements.
 int32_t check_product(const GemmArgs4bit& args, const GemmPlan& plan, int64_t width, int64_t depth, int64_t partial_count, bool& is_empty) {
     is_empty = args.M == 0 || width == 0;
-    if (!is_dtype(args.dtype) || !is_quant_type(args.quant_type) || !is_count(args.M) || !is_count(args.N) || !is_count(args.K) || args.blocksize <= 0)
+    const bool are_sizes = is_count(args.M) && is_count(args.N) && is_count(args.K) && args.blocksize > 0;
+    if (!is_dtype(args.dtype) || !is_quant_type(args.quant_type) || !are_sizes)
         return kBadArgument;
     if (is_empty)
         return kOk;
@@ -32,17 +35,19 @@ int32_t check_product(const GemmArgs4bit& args, const GemmPlan& plan, int64_t wi
     return kOk;
 }
 
+// What the kernel of the plan cannot do the next simpler one does.
 int32_t launch_forward(const GemmCall& call, Stream stream) {
     int32_t status = kUnsupported;
-    if (call.args.K == 0)
+    if (call.plan.kernel == kGemmSimple || call.args.K == 0)
         return launch_gemm_4bit_simple(call.args, stream);
-#if defined(BNB_HAS_TENSOR)
-    if (call.plan.kernel == kGemmSkinny)
-        status = launch_gemm_4bit_skinny(call.args, call.plan, stream);
-#endif
 #if defined(BNB_HAS_MMA80)
     if (call.plan.kernel == kGemmTiled)
         status = launch_gemm_4bit_tiled(call.args, call.plan, stream);
+#endif
+#if defined(BNB_HAS_TENSOR)
+    const GemmPlan skinny{kGemmSkinny, call.plan.kernel == kGemmSkinny ? call.plan.tile : kUsualSkinnyTile, 1, nullptr};
+    if (status == kUnsupported)
+        status = launch_gemm_4bit_skinny(call.args, skinny, stream);
 #endif
     return status == kUnsupported ? launch_gemm_4bit_simple(call.args, stream) : status;
 }
@@ -65,8 +70,8 @@ int32_t bnb_cuda_gemm_4bit(const void* A, const uint8_t* B, const float* absmax,
                            const float* absmax_offset, const float* levels, const void* bias, void* out, int64_t M, int64_t N, int64_t K,
                            int64_t blocksize, int32_t quant_type, int32_t dtype, int32_t kernel, int32_t tile, int32_t splits, float* partial,
                            int64_t partial_count, int32_t device, void* stream) {
-    const GemmCall call{{A, B, {absmax, absmax_8bit, absmax_code, absmax_offset}, levels, bias, out, M, N, K, blocksize, QuantType(quant_type), DType(dtype)},
-                        {kernel, tile, splits, partial}};
+    const BlockScales scales{absmax, absmax_8bit, absmax_code, absmax_offset};
+    const GemmCall call{{A, B, scales, levels, bias, out, M, N, K, blocksize, QuantType(quant_type), DType(dtype)}, {kernel, tile, splits, partial}};
     bool is_empty;
     const int32_t status = check_product(call.args, call.plan, N, K, partial_count, is_empty);
     return status != kOk || is_empty ? status : on_device(device, launch_forward, call, stream);
@@ -76,9 +81,8 @@ int32_t bnb_cuda_gemm_4bit_backward(const void* A, const uint8_t* B, const float
                                     const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t quant_type,
                                     int32_t dtype, int32_t tile, int32_t splits, float* partial, int64_t partial_count, int32_t device,
                                     void* stream) {
-    const GemmCall call{
-        {A, B, {absmax, absmax_8bit, absmax_code, absmax_offset}, nullptr, nullptr, out, M, N, K, blocksize, QuantType(quant_type), DType(dtype)},
-        {0, tile, splits, partial}};
+    const BlockScales scales{absmax, absmax_8bit, absmax_code, absmax_offset};
+    const GemmCall call{{A, B, scales, nullptr, nullptr, out, M, N, K, blocksize, QuantType(quant_type), DType(dtype)}, {0, tile, splits, partial}};
     bool is_empty;
     const int32_t status = check_product(call.args, call.plan, K, N, partial_count, is_empty);
     return status != kOk || is_empty ? status : on_device(device, launch_backward, call, stream);

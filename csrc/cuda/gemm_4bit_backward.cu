@@ -1,17 +1,17 @@
 // out[M, K] = A[M, N] . W[N, K], the gradient of the 4-bit product with respect to its activations, on tensor cores of sm_80 and later.
 //
-// The sum runs over the rows n of W, and columns k of W become rows of a tensor-core product whose columns are the tokens. Both are permuted so that the
-// packed layout serves as it stands: in a step of 16 rows, lane 4g + t takes rows 4t .. 4t + 3, in the places 2t, 2t + 1, 2t + 8, 2t + 9 of the
-// instruction, and of each the same run of codes, so that the eight lanes g cover neighbouring memory. An instruction wants two successive terms of a sum
-// in one register: nibbles of two rows are brought together into bytes, four operations for 16 codes, and then looked up as pairs. Byte b of them is a
-// tile of 16 columns of W: its codes from high nibbles are row g of that tile, those from low nibbles row g + 8.
+// The sum runs over the rows n of W, and columns k of W become rows of a tensor-core product whose columns are the tokens. Both are permuted so that
+// the packed layout serves as it stands: in a step of 16 rows, lane 4g + t takes rows 4t .. 4t + 3, in the places 2t, 2t + 1, 2t + 8, 2t + 9 of the
+// instruction, and of each the same run of codes, so that the eight lanes g cover neighbouring memory. An instruction wants two successive terms of a
+// sum in one register: nibbles of two rows are brought together into bytes, four operations for 16 codes, and then looked up as pairs. Byte b of them
+// is a tile of 16 columns of W: its codes from high nibbles are row g of that tile, those from low nibbles row g + 8.
 //
 // Scales differ from row to row of W, so they go into the weight: level * scale in fp32 rounded once, which is exactly what dequantisation gives.
 //
-// The warps of a block take steps in turn. Everything a lane needs of a step, codes and gradients, it copies itself, asynchronously and kStages steps deep,
-// so the loop has no barrier. A warp's result has 128 floats a lane, whatever number of tokens it is for: with kTokens tokens it covers 64 * 64 / kTokens
-// columns. The warps' sums are added in shared memory in a fixed order, and those of `splits` blocks, which share the sum over n where columns do not
-// fill the device, by a second kernel.
+// The warps of a block take steps in turn. Everything a lane needs of a step, codes and gradients, it copies itself, asynchronously and kStages steps
+// deep, so the loop has no barrier. A warp's result has 128 floats a lane, whatever number of tokens it is for: with kTokens tokens it covers 64 * 64
+// / kTokens columns. The warps' sums are added in shared memory in a fixed order, and those of `splits` blocks, which share the sum over n where
+// columns do not fill the device, by a second kernel.
 //
 // About 3.5 instructions a weight and 4 wavefronts of shared memory for 64 weights; up to 128 tokens it moves the packed weight once or twice, 0.56
 // bytes an element, where a dense product moves 4.6.
@@ -29,8 +29,8 @@ constexpr int kOwnRows = 4; // of a step, that a lane holds
 constexpr int kRounds = 4;  // in which the warps' sums are added up
 constexpr int kPitch = kWarpSize + 1;
 
-// One step of a lane, in shared memory: its codes, row by row, then four gradients of each of its tokens. In vectors of 16 bytes, each of which has the
-// lanes of the warp side by side.
+// One step of a lane, in shared memory: its codes, row by row, then four gradients of each of its tokens. In vectors of 16 bytes, each of which has
+// the lanes of the warp side by side.
 template <int kTokens> struct Step {
     static constexpr int kWords = 64 / kTokens; // of 8 codes, that a lane holds of a row
     static constexpr int kGroups = kTokens / 8;
@@ -41,7 +41,9 @@ template <int kTokens> struct Step {
     __device__ __forceinline__ static int place(int byte) { return (byte / 16 * kWarpSize + lane_index()) * 16 + byte % 16; }
 };
 
-template <int kTokens, int kStages, int kStep> constexpr size_t shared_bytes() { return kTableBytes<kStep> + kStages * kWarps * Step<kTokens>::kBytes; }
+template <int kTokens, int kStages, int kStep> constexpr size_t shared_bytes() {
+    return kTableBytes<kStep> + kStages * kWarps * Step<kTokens>::kBytes;
+}
 
 template <int bytes> __device__ __forceinline__ void copy_async_bytes(void* shared, const void* global) {
     if constexpr (bytes == 16)
@@ -68,7 +70,8 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct B
     __device__ __forceinline__ BackwardWarp(const GemmArgs4bit& args, int shift, uint32_t end, unsigned char* memory)
         : args(args), shift(shift), end(end), first_token(int64_t(blockIdx.y) * kTokens), table(memory),
           ring(memory + kTableBytes<kStep> + warp_index() * kStages * StepOfWarp::kBytes) {
-        column = min(first_column() + uint32_t(lane_index() / 4 * StepOfWarp::kColumns), uint32_t(args.K - StepOfWarp::kColumns)); // those beyond: not stored
+        const uint32_t last = uint32_t(args.K - StepOfWarp::kColumns); // columns beyond repeat it, and are not stored
+        column = min(first_column() + uint32_t(lane_index() / 4 * StepOfWarp::kColumns), last);
     }
 
     __device__ __forceinline__ uint32_t first_column() const { return blockIdx.x * uint32_t(8 * StepOfWarp::kColumns); }
@@ -95,7 +98,8 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct B
         for (int group = 0; group < kGroups; ++group) {
             const int64_t token = first_token + group * 8 + lane_index() / 4;
             const bool wanted = exists && token < args.M;
-            copy_async_8(to + StepOfWarp::place(16 * kWords + 8 * group), static_cast<const T*>(args.A) + (wanted ? token * args.N + row : 0), wanted);
+            const T* from = static_cast<const T*>(args.A) + (wanted ? token * args.N + row : 0);
+            copy_async_8(to + StepOfWarp::place(16 * kWords + 8 * group), from, wanted);
         }
     }
 
@@ -220,15 +224,17 @@ __global__ void __launch_bounds__(kThreads)
     warp.store(partial == nullptr ? nullptr : partial + int64_t(blockIdx.z) * args.M * args.K);
 }
 
-template <typename T, bool nested, int kTokens, int kStages, int kStep> int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
+template <typename T, bool nested, int kTokens, int kStages, int kStep>
+int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     const int64_t turns = divide_up(args.N, kStride);
     const int64_t splits = plan.splits < turns ? plan.splits : turns, rows = divide_up(turns, splits) * kStride;
     const int64_t used = divide_up(args.N, rows), token_blocks = divide_up(args.M, kTokens);
     if (token_blocks > 65535 || used > 65535)
         return kUnsupported;
     const dim3 grid(unsigned(divide_up(args.K, 8 * Step<kTokens>::kColumns)), unsigned(token_blocks), unsigned(used));
-    const int32_t status = launch(gemm_4bit_backward<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), shared_bytes<kTokens, kStages, kStep>(),
-                                  stream, args, levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(rows),
+    constexpr size_t bytes = shared_bytes<kTokens, kStages, kStep>();
+    const int32_t status = launch(gemm_4bit_backward<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), bytes, stream, args,
+                                  levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(rows),
                                   used > 1 ? plan.partial : nullptr);
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, plan.partial, int(used), args.K, stream);
 }

@@ -1,10 +1,11 @@
-// out[m, n] = sum over k of A[m, k] * level(code[n, k]) * scale(n, k) + bias[n]: the 4-bit product for everything. Any element type, any K (rows of an
-// odd number of codes start in the middle of a byte), any block size, any alignment, every device. The kernels on tensor cores serve what is regular
-// and large; this one also computes fp32 layers, for which there are none.
+// out[m, n] = sum over k of A[m, k] * level(code[n, k]) * scale(n, k) + bias[n]: the 4-bit product for everything. Any element type, any K (rows of
+// an odd number of codes start in the middle of a byte), any block size, any alignment, every device. The kernels on tensor cores serve what is
+// regular and large; this one also computes fp32 layers, for which there are none.
 //
 // A warp computes one row n for up to kTokens tokens m: its lanes stride along k and are added up at the end, in the same order every time. What a
-// lane takes at once are 8 codes, 4 bytes: a warp reads 128 bytes of the row, and 16-byte vectors of A. It must move the weight once for kTokens tokens:
-// bound by memory for one token (about 5 instructions an element), by the multiply-adds from four on. Weights are multiplied as fp32 level * scale.
+// lane takes at once are 8 codes, 4 bytes: a warp reads 128 bytes of the row, and 16-byte vectors of A. It must move the weight once for kTokens
+// tokens: bound by memory for one token (about 5 instructions an element), by the multiply-adds from four on. Weights are multiplied as fp32 level *
+// scale.
 #include "gemm_4bit_common.h"
 
 namespace bnb {
@@ -62,8 +63,9 @@ __device__ __forceinline__ void add_codes(float (&sums)[kTokens], const Row& row
 }
 
 template <typename T, int kTokens, bool vectors>
-__global__ void __launch_bounds__(kWarps* kWarpSize) gemm_4bit_simple(const __grid_constant__ GemmArgs4bit args, const __grid_constant__ Levels16 levels,
-                                                                      const __grid_constant__ QuickBlockOf block_of) {
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    gemm_4bit_simple(const __grid_constant__ GemmArgs4bit args, const __grid_constant__ Levels16 levels,
+                     const __grid_constant__ QuickBlockOf block_of) {
     SimpleTable& table = shared_variable<SimpleTable>();
     if (threadIdx.x < 16)
         table.level[threadIdx.x] = level_of_code(args, levels, int(threadIdx.x));

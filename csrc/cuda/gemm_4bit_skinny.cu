@@ -4,15 +4,16 @@
 // sums at the end, always in the same order. Rows of W are rows of a tensor-core product and the tokens its columns, so that one to eight tokens cost
 // the same. What it must protect is not arithmetic but the path to shared memory, which serves one look-up of a warp every two clocks: a row of the
 // product is needed twice anyway, since levels in 16 bits are not exact. One look-up therefore gives both, {hi, lo} with hi + lo = level to about 17
-// bits, in rows g and g + 8 of one product, and their sums are added in fp32 and scaled in fp32, once for each block of the weight. The error is below
-// that of a weight rounded to 16 bits, whatever the mean of the activations.
+// bits, in rows g and g + 8 of one product, and their sums are added in fp32 and scaled in fp32, once for each block of the weight. The error is
+// below that of a weight rounded to 16 bits, whatever the mean of the activations.
 //
 // That asks that the columns a product sums over lie in one block of the row: kUnit columns, the largest of 32, 64, 128 that divides both the block
 // size and K. Lane 4g + t holds kUnit / 4 successive codes of row g; step i of the unit multiplies its columns 4i .. 4i + 3 of that, in the
 // places 2t, 2t + 1, 2t + 8, 2t + 9 of the instruction, and A's fragment for those is 8 successive bytes of token g.
 //
-// Loads of a chunk are issued before the previous one is multiplied. In blocks of 64, nested, with 32 rows a warp, an element costs 3.1 instructions and
-// 1.3 clocks of shared memory for 32 of them: a Hopper GPU has time for 4.4 and 1.1 at its full memory bandwidth, so it should reach 80 % of that.
+// Loads of a chunk are issued before the previous one is multiplied. In blocks of 64, nested, with 32 rows a warp, an element costs 3.1 instructions
+// and 1.3 clocks of shared memory for 32 of them: a Hopper GPU has time for 4.4 and 1.1 at its full memory bandwidth, so it should reach 80 % of
+// that.
 #include "gemm_4bit_tensor.h"
 
 namespace bnb {
@@ -45,7 +46,8 @@ template <int words> __device__ __forceinline__ void load_words(uint32_t* to, co
         to[i] = loaded.value[i];
 }
 
-// One warp's part of the product. Tokens beyond the last repeat it, and are not stored: what is wrong in one column of a product stays there. Units beyond the last have scale 0 and activations 0.
+// One warp's part of the product. Tokens beyond the last repeat it, and are not stored: what is wrong in one column of a product stays there. Units
+// beyond the last have scale 0 and activations 0.
 template <typename T, bool nested, int kUnit, int kRowGroups, int kTokenGroups> struct SkinnyWarp {
     using ChunkOfLane = Chunk<kUnit, kRowGroups>;
     static constexpr int kUnits = ChunkOfLane::kUnits, kScales = ChunkOfLane::kScales, kOwnScales = ChunkOfLane::kOwnScales;

@@ -1,8 +1,8 @@
 // What the kernels of 4-bit products on tensor cores share: tables of pairs of levels, and where the scales of a row begin.
 //
-// The packed layout serves tensor cores as it stands. A product sums over k, so its terms may come in any order as long as both operands agree: a lane
-// takes the codes that lie together in memory, and calls them the columns that the instruction wants of it. Only the activations have to follow, and
-// theirs lie together too.
+// The packed layout serves tensor cores as it stands. A product sums over k, so its terms may come in any order as long as both operands agree: a
+// lane takes the codes that lie together in memory, and calls them the columns that the instruction wants of it. Only the activations have to follow,
+// and theirs lie together too.
 //
 // A byte holds two codes and is looked up whole: the table has an entry of 8 bytes for each of the 256 pairs. Lanes of a warp look up different bytes
 // at the same time, so each of the 16 lanes that shared memory serves at once has a copy of the table in banks of its own.
@@ -15,8 +15,8 @@ namespace bnb {
 constexpr int kTableCopies = 16;
 constexpr int kEntryBytes = 8;
 
-// Bytes from one pair's entries to the next. With the wide step the low byte of an entry's offset is the lane's and the second one the pair itself, so
-// that one byte permutation makes the address; it costs as much shared memory again.
+// Bytes from one pair's entries to the next. With the wide step the low byte of an entry's offset is the lane's and the second one the pair itself,
+// so that one byte permutation makes the address; it costs as much shared memory again.
 constexpr int kNarrowStep = kTableCopies * kEntryBytes;
 constexpr int kWideStep = 2 * kNarrowStep;
 template <int step> constexpr size_t kTableBytes = size_t(256) * size_t(step);
@@ -33,8 +33,8 @@ template <int step> __device__ __forceinline__ uint2 look_up(const unsigned char
     return *reinterpret_cast<const uint2*>(table + offset);
 }
 
-// Fills the table with pairs of 32-bit values, one for each code: lane i brings the value of code i % 16. All warps of the block take part; the caller
-// puts a barrier behind it. make(first, second): the entry of a byte with these codes, the first in its high nibble.
+// Fills the table with pairs of 32-bit values, one for each code: lane i brings the value of code i % 16. All warps of the block take part; the
+// caller puts a barrier behind it. make(first, second): the entry of a byte with these codes, the first in its high nibble.
 template <int step, typename Make> __device__ __forceinline__ void fill_pairs(unsigned char* table, uint32_t value_of_code, Make make) {
     constexpr int lanes_per_pair = kNarrowStep / 16;
     constexpr int pairs_per_warp = kWarpSize / lanes_per_pair;
@@ -71,8 +71,8 @@ struct RowBlocks {
     __device__ __forceinline__ uint32_t block(int column, int shift) const { return first + uint32_t((start + column) >> shift); }
 };
 
-// A scale as it comes from memory, its float or its code. Fetching and decoding are apart so that a kernel can fetch early. What else decoding needs, a
-// table and a float for 256 blocks, stays in the first-level cache.
+// A scale as it comes from memory, its float or its code. Fetching and decoding are apart so that a kernel can fetch early. What else decoding needs,
+// a table and a float for 256 blocks, stays in the first-level cache.
 using RawScale = uint32_t;
 
 template <bool nested> __device__ __forceinline__ RawScale fetch_scale(const BlockScales& scales, uint32_t block) {
@@ -100,7 +100,8 @@ template <bool nested> __device__ __forceinline__ float scale_offset(const Block
 constexpr int64_t kMostColumns = int64_t(1) << 27; // 32 rows of codes are within reach of 32 bits
 constexpr int64_t kMostBlocks = int64_t(1) << 31;
 
-// What every kernel here needs: 16-bit elements that the device's tensor cores know, rows of whole 16-byte vectors, each run of 32 codes in one block.
+// What every kernel here needs: 16-bit elements that the device's tensor cores know, rows of whole 16-byte vectors, each run of 32 codes in one
+// block.
 inline bool suits_tensor_cores(const GemmArgs4bit& args, const void* activations, int64_t row_of_activations) {
     const int capability = device_properties().capability;
     const bool has_type = args.dtype == kFloat16 ? capability >= 75 : args.dtype == kBFloat16 && capability >= 80;

@@ -1,19 +1,19 @@
 // out = A . W^T + bias for up to a few hundred tokens, on tensor cores of sm_80 and later.
 //
-// A block computes kRows rows of W for kTokens tokens. Each of its warps has 32 rows of its own, so that no weight is dequantised twice in a block: two
-// tiles of 16 rows, against which all tokens of the block are multiplied. The columns are taken kChunk at a time, and lane 4g + t has 32 successive
-// codes of rows g, g + 8, g + 16 and g + 24, one vector of 16 bytes each. They lie in one block of their row whatever the block size: the scale goes into
-// the weight, level * scale in fp32 rounded once, which is exactly what dequantisation gives.
+// A block computes kRows rows of W for kTokens tokens. Each of its warps has 32 rows of its own, so that no weight is dequantised twice in a block:
+// two tiles of 16 rows, against which all tokens of the block are multiplied. The columns are taken kChunk at a time, and lane 4g + t has 32
+// successive codes of rows g, g + 8, g + 16 and g + 24, one vector of 16 bytes each. They lie in one block of their row whatever the block size: the
+// scale goes into the weight, level * scale in fp32 rounded once, which is exactly what dequantisation gives.
 //
-// Codes and activations come by asynchronous copies, kStages chunks deep. A lane copies its own codes, so these need no barrier; activations are shared.
-// Of those a lane needs, for step i of a chunk, four successive elements of a token, and for two steps 16 bytes: they are stored so that the eight lanes
-// which shared memory serves at once find theirs in different banks.
+// Codes and activations come by asynchronous copies, kStages chunks deep. A lane copies its own codes, so these need no barrier; activations are
+// shared. Of those a lane needs, for step i of a chunk, four successive elements of a token, and for two steps 16 bytes: they are stored so that the
+// eight lanes which shared memory serves at once find theirs in different banks.
 //
-// Per chunk of 4096 weights a warp spends 128 clocks of shared memory on look-ups and 2 a token on activations; the products themselves take 4 a token.
-// So 16 tokens should reach most of the memory's rate, and 64 or 128 two thirds of what this kind of instruction can do.
+// Per chunk of 4096 weights a warp spends 128 clocks of shared memory on look-ups and 2 a token on activations; the products themselves take 4 a
+// token. So 16 tokens should reach most of the memory's rate, and 64 or 128 two thirds of what this kind of instruction can do.
 //
-// Where the rows do not fill the device, `splits` blocks share the sum over the columns: each writes its part in fp32, and a second kernel adds them up in
-// a fixed order.
+// Where the rows do not fill the device, `splits` blocks share the sum over the columns: each writes its part in fp32, and a second kernel adds them
+// up in a fixed order.
 #include "gemm_4bit_tensor.h"
 #include "gemm_4bit_split.h"
 
@@ -63,7 +63,8 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
     __device__ __forceinline__ TiledBlock(const GemmArgs4bit& args, int shift, uint32_t end, unsigned char* memory)
         : args(args), shift(shift), K(uint32_t(args.K)), end(end), first_token(int64_t(blockIdx.y) * kTokens),
           token_count(int(min(int64_t(kTokens), args.M - first_token))),
-          vectors(static_cast<const T*>(args.A) + (first_token + int(threadIdx.x) / kVectorsOfToken) * args.K + int(threadIdx.x) % kVectorsOfToken * 8),
+          vectors(static_cast<const T*>(args.A) + (first_token + int(threadIdx.x) / kVectorsOfToken) * args.K +
+                  int(threadIdx.x) % kVectorsOfToken * 8),
           table(memory), ring(memory + kTableBytes<kStep>), codes(args.B + base_row() * args.K / 2) {
         const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     block.store(partial == nullptr ? nullptr : partial + int64_t(blockIdx.z) * args.M * args.N);
 }
 
-template <typename T, bool nested, int kTokens, int kStages, int kStep> int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
+template <typename T, bool nested, int kTokens, int kStages, int kStep>
+int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     const int64_t chunks = divide_up(args.K, kChunk);
     const int64_t splits = plan.splits < chunks ? plan.splits : chunks, columns = divide_up(chunks, splits) * kChunk;
     const int64_t used = divide_up(args.K, columns), token_blocks = divide_up(args.M, kTokens);
