@@ -58,7 +58,7 @@ template <typename Source> __device__ __forceinline__ const float* shared_levels
 
 // Vectors are aligned, and blocks are powers of two of at least a vector.
 template <typename T, typename Source>
-__global__ void __launch_bounds__(kThreads, 6) dequantize_vectors(Source source, T* __restrict__ output, int64_t n, int block_shift) {
+__global__ void __launch_bounds__(kThreads, 4) dequantize_vectors(Source source, T* __restrict__ output, int64_t n, int block_shift) {
     constexpr int count = kPerVector<T>, packed_bytes = count * Source::kBits / 8, apart = kThreads * count;
     const float* levels = shared_levels(source);
     const int64_t begin = int64_t(blockIdx.x) * kVectorsPerThread * apart;
