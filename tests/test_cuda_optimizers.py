@@ -236,6 +236,14 @@ def test_the_limit_on_the_norm(cuda_once, algorithm, options, bits):
         assert_same_floats(one.float().flatten(), other.float().flatten())  # the limit does not concern them
 
 
+def test_norms_are_left_in_tensors_of_any_shape(cuda_once):
+    case = make_case("lamb", {}, [300, 300, 300], max_unorm=0.1)
+    case.unorm = [torch.zeros(1), torch.zeros(()), torch.zeros(2, 2)]
+    after = case.stepped_by(native.optimizer_step)
+    for norm, expected in zip(after.unorm, case.stepped_by(reference.optimizer_step).unorm):
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+
+
 @bits
 def test_norms_leave_skipped_elements_out(cuda_once, bits):
     for dtype in FLOATS:

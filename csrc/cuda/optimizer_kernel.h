@@ -404,8 +404,8 @@ template <int kMoments, bool in_8bit> __device__ __forceinline__ bool can_move_f
 }
 
 // As many threads as leave each the registers it needs.
-template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 256 : kMoments == 1 ? 896 : kMoments == 2 ? 704 : 640;
-template <int kMoments, bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : kMoments < 3 ? 3 : 2;
+template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 128 : kMoments == 1 ? 768 : kMoments == 2 ? 640 : 512;
+template <int kMoments, bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : kMoments < 3 ? 5 : 4;
 
 template <typename Algorithm, bool in_8bit, bool measures>
 __global__ void __launch_bounds__((kThreads<Algorithm::kMoments, in_8bit>), (kBlocksPerMultiprocessor<Algorithm::kMoments, in_8bit>))

@@ -24,7 +24,7 @@ def call(tensors, settings, p: torch.Tensor, unorm: list) -> None:
     where = (workspace.data_ptr(), workspace.numel()) if unorm else (None, 0)
     _optimizer_step(p, ct.byref(tensors), ct.byref(settings), *where)
     if unorm:
-        torch._foreach_copy_(unorm, list(norms.split(1)))
+        torch._foreach_copy_([tensor if tensor.dim() else tensor.view(1) for tensor in unorm], list(norms.split(1)))
 
 
 optimizer_step, optimizer_update_32bit, optimizer_update_8bit_blockwise = operators(kernels("bnb_cuda_optimizer_step"), call)
