@@ -234,8 +234,7 @@ int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream
     const dim3 grid(unsigned(divide_up(args.K, 8 * Step<kTokens>::kColumns)), unsigned(token_blocks), unsigned(used));
     constexpr size_t bytes = shared_bytes<kTokens, kStages, kStep>();
     const int32_t status = launch(gemm_4bit_backward<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), bytes, stream, args,
-                                  levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(rows),
-                                  used > 1 ? plan.partial : nullptr);
+                                  levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(rows), used > 1 ? plan.partial : nullptr);
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, plan.partial, int(used), args.K, stream);
 }
 

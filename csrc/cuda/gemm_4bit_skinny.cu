@@ -58,8 +58,8 @@ template <typename T, bool nested, int kUnit, int kRowGroups, int kTokenGroups> 
     const uint32_t K;
     const int shift;
     const float offset;
-    const uint8_t* codes; // of the lane's first row, at its columns; the others follow 8 rows apart
-    RowBlocks blocks[kOwnScales];   // of the rows whose scales the lane loads
+    const uint8_t* codes;         // of the lane's first row, at its columns; the others follow 8 rows apart
+    RowBlocks blocks[kOwnScales]; // of the rows whose scales the lane loads
     const T* tokens[kTokenGroups];
     float sums[kRowGroups][kTokenGroups][2] = {};
 
@@ -144,7 +144,7 @@ template <typename T, bool nested, int kUnit, int kRowGroups, int kTokenGroups> 
 template <typename T> __device__ __forceinline__ void fill_split_pairs(unsigned char* table, float level) {
     const float rounded = widen(narrow<T>(level));
     fill_pairs<kWideStep>(table, narrow_pair<T>(rounded, level - rounded),
-                     [](uint32_t high, uint32_t low) { return make_uint2(__byte_perm(high, low, 0x5410), __byte_perm(high, low, 0x7632)); });
+                          [](uint32_t high, uint32_t low) { return make_uint2(__byte_perm(high, low, 0x5410), __byte_perm(high, low, 0x7632)); });
 }
 
 template <typename T, bool nested, int kUnit, int kRowGroups, int kTokenGroups>

@@ -51,7 +51,7 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
     const int shift;
     const uint32_t K, end; // columns in all; the first one beyond this block's
     const int64_t first_token;
-    const int token_count; // of this block
+    const int token_count;  // of this block
     const T* const vectors; // the one of a chunk's activations that the thread copies of its first token
     unsigned char* const table;
     unsigned char* const ring;
@@ -225,9 +225,9 @@ int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream
     if (token_blocks > 65535 || used > 65535)
         return kUnsupported;
     const dim3 grid(unsigned(divide_up(args.N, kRows)), unsigned(token_blocks), unsigned(used));
-    const int32_t status = launch(gemm_4bit_tiled<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), shared_bytes<kTokens, kStages, kStep>(),
-                                  stream, args, levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(columns),
-                                  used > 1 ? plan.partial : nullptr);
+    const int32_t status =
+        launch(gemm_4bit_tiled<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), shared_bytes<kTokens, kStages, kStep>(), stream, args,
+               levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(columns), used > 1 ? plan.partial : nullptr);
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, plan.partial, int(used), args.N, stream);
 }
 
