@@ -207,6 +207,14 @@ def test_operators_of_the_exact_product(cuda_once):
         assert_same_bits(int8.int8_linear_matmul(a, b), exact_product(a, b))
 
 
+@pytest.mark.skipif(not reference._cpu_int_mm_is_exact(), reason="torch._int_mm saturates on this CPU")
+def test_many_tokens_are_multiplied_by_the_library_of_torch(cuda_once, monkeypatch):
+    monkeypatch.setattr(int8, "_suits_library", lambda *sizes: True)
+    monkeypatch.setattr(int8, "_matmul", None)
+    a, b = random_int8(2, 16, 40), random_int8(24, 40, seed=1)
+    assert_same_bits(int8.int8_linear_matmul(a, b), exact_product(a.view(32, 40), b).view(2, 16, 24))
+
+
 # --------------------------------------------------------------------------------------------------------- floating point, rounded once
 @dtypes
 @pytest.mark.parametrize("bias_dtype", [None, *FLOAT_DTYPES])

@@ -194,7 +194,7 @@ __device__ __forceinline__ void gather_tile(const Sum (&sums)[S::kRowTiles][S::k
 constexpr int kOutliersAtOnce = 8;
 
 template <typename S> struct OutlierPanel {
-    alignas(16) float activations[S::kTokens][kOutliersAtOnce];
+    alignas(32) float activations[S::kTokens][kOutliersAtOnce];
     float weights[kOutliersAtOnce][S::kRows];
 };
 
