@@ -14,6 +14,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kRows = 2;
+constexpr int kBlocks = 4;                                        // of a multiprocessor at least, which leaves a thread registers enough
 constexpr int64_t kStretch = int64_t(kThreads) * kCodesPerVector; // columns that the block reads at a turn
 static_assert(kStretch % kInt8Period == 0 && kWarpSize * kCodesPerVector % kInt8Period == 0, "a lane keeps its classes");
 
@@ -82,7 +83,7 @@ __device__ __forceinline__ void add_outliers(const Int8ProductArgs& args, int64_
         }
 }
 
-template <typename Sum, int kTokens> __global__ void __launch_bounds__(kThreads)
+template <typename Sum, int kTokens> __global__ void __launch_bounds__(kThreads, kBlocks)
     multiply_rows(Int8ProductArgs args, int64_t token_tiles, int64_t tiles) {
     Partials<Sum, kTokens>& partials = shared_variable<Partials<Sum, kTokens>>();
     const int64_t outliers = outlier_count(args);
