@@ -282,6 +282,20 @@ def test_a_nan_scale_stays_in_the_rows_of_its_block(cuda_once, plan, dtype):
 
 @plans
 @halves
+def test_an_infinite_scale_gives_infinity(cuda_once, plan, dtype):
+    """Not NaN, which it would be if it met the zeros that fill up a tile."""
+    weight = Weight(72, 160, 32)
+    weight.packed[:] = 0xFF
+    weight.absmax[-1] = np.inf
+    out = multiply(cuda_once, torch.ones(3, 160, dtype=dtype), weight, plan)
+    assert out[:, 71].isposinf().all() and out[:, :71].isfinite().all()
+    if plan.kernel == KERNELS["tiled"] and plan.tile <= 64:
+        out = multiply_backward(cuda_once, torch.ones(3, 72, dtype=dtype), weight, plan.tile)
+        assert out[:, 128:].isposinf().all() and out[:, :128].isfinite().all()
+
+
+@plans
+@halves
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_activation_stays_in_its_token(cuda_once, plan, dtype, bad):
     for K in (64, 160, 192):
