@@ -11,7 +11,8 @@ from . import facts as gathering
 
 OLDEST_CAPABILITY = (7, 5)
 OLDEST_ROCM = "6.1"
-REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir bitsandbytes"
+# In a checkout of the source: the name of the distribution alone would fetch the published library.
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ def _of_library(facts) -> Iterator[Problem]:
         elif library["available"]:
             remedy = f"Install a PyTorch built for {backend} {' or '.join(library['available'])}, which this package has libraries for."
         else:
-            remedy = f"Install a wheel with a {backend} library: {REINSTALL}"
+            remedy = f"Build the {backend} library in a checkout of the source: {REINSTALL}"
         yield Problem("error", reason, remedy)
     elif library["path"] is not None and os.path.exists(library["path"]):
-        yield Problem("warning", f"{reason}. PyTorch operations serve instead, slower.", f"Replace the file: {REINSTALL}")
+        yield Problem("warning", f"{reason}. PyTorch operations serve instead, slower.", f"Build it again in a checkout of the source: {REINSTALL}")
     else:
-        remedy = "Install a C++ compiler, then build the package again: pip install --force-reinstall --no-deps --no-cache-dir ."
+        remedy = "Install a C++ compiler, then build the package again: " + REINSTALL
         yield Problem("warning", f"{reason}. PyTorch operations serve instead, slower.", remedy)
 
 
