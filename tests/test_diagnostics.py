@@ -183,7 +183,7 @@ def test_a_corrupt_library_is_named_with_what_the_loader_said(installation, cont
     found = facts_of(installation)
     assert found["exit_status"] == 0 and found["library"]["path"] == str(path)
     assert str(path) in found["library"]["error"]
-    assert what_to_do(found, found["library"]["error"]).startswith("Replace the file")
+    assert what_to_do(found, found["library"]["error"]).startswith("Build it again")
     assert {row["check"] for row in found["operators"]} == {"ok"}
 
 
@@ -297,7 +297,7 @@ H100 = {"name": "H100", "capability": "9.0", "memory": 80 << 30}
 @pytest.mark.parametrize(
     "changes, level, about, remedy",
     [
-        (dict(backend="CUDA", devices=[H100], library=UNLOADED), "error", "CUDA library is not loaded: no binary found", "wheel with a CUDA library"),
+        (dict(backend="CUDA", devices=[H100], library=UNLOADED), "error", "CUDA library is not loaded: no binary found", "Build the CUDA library"),
         (dict(backend="CUDA", devices=[H100], library=UNLOADED | {"available": ["12.4", "12.8"]}), "error", "not loaded", "CUDA 12.4 or 12.8"),
         (
             dict(backend="CUDA", devices=[H100], library=UNLOADED, variables={"BNB_CUDA_VERSION": "110"}),
