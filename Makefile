@@ -17,7 +17,8 @@ PUBLISHED_PYTHON ?=
 
 # For `make cuda`: options for CMake, such as -DCOMPUTE_CAPABILITY="80;90".
 CUDA_FLAGS ?=
-# For `make gpu-check`: an interpreter with PyTorch for CUDA and pytest, and the published CUDA library to compare with.
+# For `make gpu-check`: an interpreter with PyTorch for CUDA and pytest, and the published CUDA library to compare with. With PUBLISHED (above) the
+# published tests are run on the GPU as well.
 GPU_PYTHON ?= $(BIN)/python
 PUBLISHED_LIBRARY ?=
 JOBS       ?= $(shell nproc 2>/dev/null || echo 2)
@@ -99,6 +100,7 @@ gpu-check:
 	cmake -S . -B build/gpu_check -DCOMPUTE_BACKEND=cuda -DCOMPUTE_CAPABILITY="$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)"
 	cmake --build build/gpu_check --parallel $(JOBS)
 	-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(wildcard tests/test_cuda_*.py)
+	$(if $(PUBLISHED),-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) tests/upstream_suite.py $(PUBLISHED))
 	PYTHONPATH=. $(GPU_PYTHON) benchmarking/gpu_benchmark.py $(if $(PUBLISHED_LIBRARY),--published $(PUBLISHED_LIBRARY)) $(BENCHMARK_FLAGS)
 
 clean:
