@@ -75,6 +75,8 @@ TARGETS: dict[str, list[Target]] = {
     "Linear8bitLt bf16 M=16": [faster(PUBLISHED, 4)],
     "Linear8bitLt bf16 M=128": [faster(PUBLISHED, 2.5), faster("nn.Linear bf16 M=128", 1)],
     "training int8 bf16 M=128": [faster(PUBLISHED, 5)],
+    "EmbeddingNF4 50000 x 576, 512 tokens": [faster(PUBLISHED, 3)],
+    "EmbeddingNF4 50000 x 65, 512 tokens": [faster(PUBLISHED, 1)],
     **{f"{optimizer} step": [faster(PUBLISHED, 10)] for optimizer in ("Adam8bit", "Lion8bit")},
     "AdamW8bit step": [faster(PUBLISHED, 10), Target("torch AdamW step", 1.5)],
     "Adam step": [faster(PUBLISHED, 4), Target("torch AdamW step", 1.2)],

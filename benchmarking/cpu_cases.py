@@ -33,6 +33,7 @@ import bitsandbytes.functional as F
 SIDE = 4096  # weights are SIDE x SIDE: 16.8M elements
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_ROWS, TRAINING_ROWS_8BIT = 64, 128
+EMBEDDING_ROWS, EMBEDDING_TOKENS = 50_000, 512
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,15 @@ def build_inference(make_layer, dtype: str, rows: int, side: int = SIDE, layers:
     return call
 
 
+def build_embedding(rows: int, columns: int, tokens: int):
+    """A lookup in a table in NF4."""
+    table = bnb.nn.EmbeddingNF4(rows, columns, dtype=torch.float32)
+    table.weight = bnb.nn.Params4bit(random_matrix("fp32", rows, columns), requires_grad=False, quant_type="nf4", compress_statistics=False)
+    table = table.to("cpu")
+    ids = torch.randint(0, rows, (tokens,), generator=torch.Generator().manual_seed(1))
+    return partial(table, ids)
+
+
 def build_training(make_layer, dtype: str, rows: int):
     """Forward and backward for the activations, as an adapter below the frozen layer needs it."""
     layer = make_layer(dtype).train().requires_grad_(False)
@@ -200,6 +210,10 @@ def all_cases() -> dict[str, Case]:
     table[f"training int8 bf16 M={TRAINING_ROWS_8BIT}"] = Case(
         partial(build_training, int8_layer, "bf16", TRAINING_ROWS_8BIT), 2 * int8_bytes(elements) + activations
     )
+    for columns in (576, 65):  # the second fits no block
+        read_and_written = EMBEDDING_TOKENS * (packed_bytes(columns) + 4 * columns)
+        build = partial(build_embedding, EMBEDDING_ROWS, columns, EMBEDDING_TOKENS)
+        table[f"EmbeddingNF4 {EMBEDDING_ROWS} x {columns}, {EMBEDDING_TOKENS} tokens"] = Case(build, read_and_written)
     # A step reads the gradient, and reads and writes the parameter and its moments: 8-bit ones have an fp32 scale for 256 elements.
     for optimizer, moments in (("Adam8bit", 2), ("AdamW8bit", 2), ("Lion8bit", 1), ("AdEMAMix8bit", 3), ("LAMB8bit", 2)):
         table[f"{optimizer} step"] = Case(partial(build_step, optimizer), elements * 12 + 2 * moments * (elements + elements // 64))

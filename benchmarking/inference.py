@@ -14,6 +14,7 @@ package gguf; its perplexity is that of those weights, dequantised, in fp32.
 
 import argparse
 from dataclasses import dataclass
+from importlib.metadata import version
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydoc_data.topics import topics
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 HERE = Path(__file__).resolve().parent
@@ -89,11 +91,11 @@ def torch_int4(path):
 
 def torchao_int4(path):
     import torch
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
 
     model = _load(path, dtype=torch.bfloat16)
-    config = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="opaque")
-    quantize_(model.model, config)
+    quantize_(model.model, PrototypeInt4WeightOnlyConfig(group_size=GROUP))
     return model
 
 
@@ -231,6 +233,13 @@ def generate(model, prompt, count: int) -> float:
     return time.perf_counter() - start
 
 
+def library_of(name: str) -> str:
+    """What computes this format, with its version."""
+    ours = "bitsandbytes" if name.startswith(("INT8", "NF4", "FP4")) else "torch"
+    package = {"torchao int4": "torchao", "llama.cpp Q4_0": "xllamacpp"}.get(name, ours)
+    return f"{package} {version(package)}"
+
+
 def work(name: str, path: Path, tokens: int, threads: int) -> dict:
     """What one format measures; `tokens` for the perplexity, 0: leave that out."""
     import torch
@@ -243,9 +252,9 @@ def work(name: str, path: Path, tokens: int, threads: int) -> dict:
     ids = transformers.AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[0]
     prompt = ids[:PROMPT]
     model = FORMATS[name].load(path)
-    result = {}
+    result = {"library": library_of(name)}
     if isinstance(model, LlamaCpp):
-        result = {"bytes": model.file.stat().st_size, **model.timed(prompt.tolist(), threads)}
+        result |= {"bytes": model.file.stat().st_size, **model.timed(prompt.tolist(), threads)}
         if tokens:
             result["perplexity"] = perplexity(model.dequantised(path), ids[:tokens])
         return result
@@ -261,9 +270,21 @@ def work(name: str, path: Path, tokens: int, threads: int) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------- the driver
 def measure(name: str, python: str, options, tokens: int) -> dict | None:
-    command = [python, __file__, "--worker", name, "--model", options.model, "--tokens", str(tokens), "--threads", str(options.threads)]
+    command = [
+        python,
+        Path(__file__).resolve(),
+        "--worker",
+        name,
+        "--model",
+        options.model.resolve(),
+        "--tokens",
+        str(tokens),
+        "--threads",
+        str(options.threads),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=False)
+    environment.pop("PYTHONPATH", None)  # every interpreter imports what is installed for it
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir(), check=False)
     if done.returncode != 0:
         print(f"{name}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
         return None
@@ -271,17 +292,18 @@ def measure(name: str, python: str, options, tokens: int) -> dict | None:
 
 
 def combined(rounds: list[dict]) -> dict:
-    keys = {key for measured in rounds for key in measured}
-    return {key: statistics.median(measured[key] for measured in rounds if key in measured) for key in sorted(keys)}
+    keys = {key for measured in rounds for key in measured if key != "library"}
+    medians = {key: statistics.median(measured[key] for measured in rounds if key in measured) for key in sorted(keys)}
+    return {"library": rounds[0]["library"], **medians}
 
 
 def table(results: dict[str, dict]) -> str:
     reference = results.get("bf16", {})
-    rows = ["| format | weights | perplexity | first token | tokens a second | of bf16 |", "|---|---|---|---|---|---|"]
+    rows = ["| format | computed by | weights | perplexity | first token | tokens a second | of bf16 |", "|---|---|---|---|---|---|---|"]
     for name, result in results.items():
         relative = f"{result['tokens_per_second'] / reference['tokens_per_second']:.2f}x" if reference else ""
         rows.append(
-            f"| {name} | {result['bytes'] / 1e6:.0f} MB | {result['perplexity']:.2f} | {1e3 * result['first_token']:.0f} ms "
+            f"| {name} | {result['library']} | {result['bytes'] / 1e6:.0f} MB | {result['perplexity']:.2f} | {1e3 * result['first_token']:.0f} ms "
             f"| {result['tokens_per_second']:.1f} | {relative} |"
         )
     return "\n".join(rows)
@@ -293,12 +315,15 @@ def draw(results: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, result in results.items():
-        axes.scatter(result["tokens_per_second"], result["perplexity"], s=result["bytes"] / 1e6)
-        axes.annotate(name, (result["tokens_per_second"], result["perplexity"]), textcoords="offset points", xytext=(6, 6), fontsize=8)
-    axes.set(xlabel="tokens a second", ylabel="perplexity (lower is better)", title="SmolLM2-135M on a CPU; area: size of the weights")
-    axes.grid(alpha=0.3)
+    names = list(results)[::-1]
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4.5), sharey=True)
+    columns = (("tokens a second", "tokens_per_second", 1), ("perplexity", "perplexity", 1), ("weights, MB", "bytes", 1e-6))
+    for axes, (label, key, unit) in zip(panels, columns):
+        values = [results[name][key] * unit for name in names]
+        ours = [results[name]["library"].startswith("bitsandbytes") and not name.endswith("published") for name in names]
+        axes.bar_label(axes.barh(names, values, color=["C0" if mine else "C7" for mine in ours]), fmt="%.3g", padding=2, fontsize=8)
+        axes.set(xlabel=label, xlim=(0, 1.15 * max(values)))
+    figure.suptitle("SmolLM2-135M on a CPU")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
