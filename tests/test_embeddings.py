@@ -1,11 +1,13 @@
 """Embedding tables: quantised ones that look up single rows, save and load; trained ones whose optimizer state stays in 32 bit."""
 
 import copy
+from functools import partial
 import gc
 import io
 import pickle
 import weakref
 
+import accelerate
 from helpers import assert_same_bits, bell, grid, raw_bytes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -271,6 +273,23 @@ class Tied(nn.Module):
 
     def forward(self, ids):
         return self.head(self.tokens(ids))
+
+
+@kinds
+@pytest.mark.parametrize("where", ["memory", "disk", "by hand"])
+def test_a_table_is_offloaded_and_comes_back(make_kind, where, tmp_path):
+    model, ids = nn.Sequential(make_kind(), nn.LayerNorm(WIDTH, elementwise_affine=False)).to("cpu"), torch.arange(7)
+    expected = model(ids)
+    if where == "by hand":
+        model, hook = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+        assert_same_bits(model(ids), expected)
+        hook.offload()
+    else:
+        offload = {"memory": accelerate.cpu_offload, "disk": partial(accelerate.disk_offload, offload_dir=tmp_path)}[where]
+        offload(model, execution_device="cpu")
+        assert model[0].weight.is_meta
+    for _ in range(2):
+        assert_same_bits(model(ids), expected)
 
 
 TIED = {
