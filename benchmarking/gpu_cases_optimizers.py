@@ -36,6 +36,7 @@ class Operands:
         self.moments = [torch.zeros(count, n, **zeros) for _ in range(tensors)]
         self.absmax = [torch.full((count, blocks), 1e-3, device=machine.device) for _ in range(tensors)] if bits == 8 else []
         self.signed, self.unsigned = (functional.create_dynamic_map(signed=signed).to(machine.device) for signed in (True, False))
+        self.norm = torch.zeros(1, device=machine.device)
         self.kept = [[tensor.clone() for tensor in tensors] for tensors in (self.p, self.moments, self.absmax)]
 
     def qmaps(self) -> list:
@@ -57,7 +58,6 @@ class Operands:
         numbers = [ct.c_float(number) for number in (s.beta1, s.beta2, s.beta3, s.alpha, s.eps)]
         step, lr, decay, scale, n = ct.c_int32(s.step), ct.c_float(s.lr), ct.c_float(s.weight_decay), ct.c_float(s.gnorm_scale), ct.c_int32(self.n)
         p, moments, absmax = self.kept
-        norm = torch.zeros(1, device=self.machine.device)
         calls = []
         for i in range(len(p)):
             first, second = moments[i], moments[i][-1] if MOMENTS[self.algorithm] > 1 else None
@@ -69,11 +69,22 @@ class Operands:
             else:
                 function = getattr(library, f"c{self.algorithm}32bit_grad_{suffix}")
                 limit = ct.c_float(max_unorm), ct.c_float(1.0)
-                arguments = (*map(pointer, (self.g[i], p[i], first, second, norm)), *limit, *numbers, decay, step, lr, scale, ct.c_bool(False), n)
+                arguments = (
+                    *map(pointer, (self.g[i], p[i], first, second, self.norm)),
+                    *limit,
+                    *numbers,
+                    decay,
+                    step,
+                    lr,
+                    scale,
+                    ct.c_bool(False),
+                    n,
+                )
             calls.append((function, arguments))
+        self.calls = calls
 
         def run():
-            for function, arguments in calls:
+            for function, arguments in self.calls:  # addresses: the tensors live as long as the operands
                 function(*arguments)
 
         return run
