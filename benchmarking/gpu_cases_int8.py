@@ -15,7 +15,7 @@ from gpu_benchmark import DTYPES, Case, Machine
 import torch
 
 from bitsandbytes.backends.cuda import int8
-from bitsandbytes.backends.cuda.native import DTYPES as DTYPE_CODES
+from bitsandbytes.backends.marshalling import DTYPES as DTYPE_CODES
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)

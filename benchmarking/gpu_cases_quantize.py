@@ -14,8 +14,8 @@ import torch
 
 from bitsandbytes import functional
 from bitsandbytes.backends.cuda import ops
-from bitsandbytes.backends.cuda.native import DTYPES as DTYPE_CODES
-from bitsandbytes.backends.cuda.native import QUANT_TYPES
+from bitsandbytes.backends.marshalling import DTYPES as DTYPE_CODES
+from bitsandbytes.backends.marshalling import QUANT_TYPES
 
 MEGABYTES = (1, 64, 1024)  # of the floating-point tensor
 

@@ -16,10 +16,7 @@ from typing import Optional
 import torch
 
 from .default.optimizers import Settings, bias_corrections, published_settings, rows_of_moments
-
-P, L, D = ct.c_void_p, ct.c_int64, ct.c_double
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from .marshalling import DTYPES, D, L, P
 
 # As in csrc/common/optimizer.h.
 _ALGORITHMS = {"adam": 0, "lamb": 0, "ademamix": 1, "momentum": 2, "lars": 2, "lion": 3, "rmsprop": 4, "adagrad": 5}

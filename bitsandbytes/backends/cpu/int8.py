@@ -7,8 +7,9 @@ results up to the order of fp32 sums.
 import torch
 
 from ...cextension import check_status
+from ..marshalling import DTYPES, D, I, L, P, address, written
 from . import memory
-from .native import DTYPES, D, I, L, P, bind, kernels, written
+from .native import bind, kernels
 
 _kernel = kernels("bnb_cpu_int8_linear")
 
@@ -19,10 +20,6 @@ _mm_dequant = bind("bnb_cpu_int8_mm_dequant", P, P, P, P, P, L, L, I, I)
 _scaled_mm = bind("bnb_cpu_int8_scaled_mm", *[P] * 6, L, P, P, L, L, L, I, I)
 _linear = bind("bnb_cpu_int8_linear", P, P, P, P, D, P, P, L, L, L, I, I)
 _linear_backward = bind("bnb_cpu_int8_linear_backward", P, P, P, P, L, L, L, I, I)
-
-
-def _address(tensor):
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _plain(bias):
@@ -42,8 +39,8 @@ def _quantise(A, threshold, with_columns):
     codes, stats = torch.empty_like(A, dtype=torch.int8), A.new_empty(rows, dtype=torch.float32)
     col_codes, col_stats = (torch.empty_like(codes), A.new_empty(columns, dtype=torch.float32)) if with_columns else (None, None)
     status = _quantize(
-        A.data_ptr(), DTYPES[A.dtype], rows, columns, threshold, _address(is_outlier), stats.data_ptr(), codes.data_ptr(), _address(col_stats),
-        _address(col_codes), torch.get_num_threads(),
+        A.data_ptr(), DTYPES[A.dtype], rows, columns, threshold, address(is_outlier), stats.data_ptr(), codes.data_ptr(), address(col_stats),
+        address(col_codes), torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "int8_double_quant" if with_columns else "int8_vectorwise_quant")
     return codes, col_codes, stats, col_stats, None if is_outlier is None else is_outlier.nonzero().flatten()
@@ -92,7 +89,7 @@ def int8_mm_dequant(A, row_stats, col_stats, dtype=None, bias=None):
     A, row_stats, col_stats, bias = A.contiguous(), row_stats.contiguous(), col_stats.contiguous(), _plain(bias)
     out = torch.empty_like(A, dtype=dtype or torch.float16)
     status = _mm_dequant(
-        A.data_ptr(), row_stats.data_ptr(), col_stats.data_ptr(), _address(bias), out.data_ptr(), A.shape[:-1].numel(), A.shape[-1],
+        A.data_ptr(), row_stats.data_ptr(), col_stats.data_ptr(), address(bias), out.data_ptr(), A.shape[:-1].numel(), A.shape[-1],
         DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "int8_mm_dequant")
@@ -105,8 +102,8 @@ def _scaled_product(CA, CB, SCA, SCB, bias, dtype, A=None, outlier_cols=None):
     rows = CA.shape[:-1]
     out = CA.new_empty((*rows, N), dtype=dtype)
     status = _scaled_mm(
-        CA.data_ptr(), CB.data_ptr(), SCA.data_ptr(), SCB.data_ptr(), _address(A), _address(outlier_cols),
-        0 if outlier_cols is None else outlier_cols.numel(), _address(bias), out.data_ptr(), rows.numel(), N, K, DTYPES[dtype],
+        CA.data_ptr(), CB.data_ptr(), SCA.data_ptr(), SCB.data_ptr(), address(A), address(outlier_cols),
+        0 if outlier_cols is None else outlier_cols.numel(), address(bias), out.data_ptr(), rows.numel(), N, K, DTYPES[dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "int8_scaled_mm")
@@ -138,7 +135,7 @@ def int8_linear(A, CB, SCB, bias=None, threshold=0.0):
     is_outlier = _outlier_mask(A, threshold)
     out = A.new_empty((*rows, N))
     status = _linear(
-        A.data_ptr(), CB.data_ptr(), SCB.data_ptr(), _address(bias), threshold, _address(is_outlier), out.data_ptr(), rows.numel(), N, K,
+        A.data_ptr(), CB.data_ptr(), SCB.data_ptr(), address(bias), threshold, address(is_outlier), out.data_ptr(), rows.numel(), N, K,
         DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "int8_linear")

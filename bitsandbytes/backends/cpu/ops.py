@@ -11,10 +11,9 @@ from ..._ops import blocks, packed_length
 from ...cextension import check_status
 from ...packing import from_cpu_layout, is_cpu_layout
 from ..default import ops as reference
+from ..marshalling import DTYPES, QUANT_TYPES, I, L, P, written
 from . import memory
-from .native import DTYPES, I, L, P, bind, kernels, written
-
-_QUANT_TYPES = {"fp4": 1, "nf4": 2}
+from .native import bind, kernels
 
 _kernel = kernels("bnb_cpu_gemm_4bit_backward")
 
@@ -34,7 +33,7 @@ def quantize_4bit(A, blocksize, quant_type, quant_storage):
     packed = A.new_empty((packed_length(n, quant_storage), 1), dtype=quant_storage)
     _fill_up(packed, n, quant_type)
     status = _quantize_4bit(
-        A.data_ptr(), DTYPES[A.dtype], n, blocksize, _QUANT_TYPES[quant_type], absmax.data_ptr(), packed.data_ptr(), torch.get_num_threads()
+        A.data_ptr(), DTYPES[A.dtype], n, blocksize, QUANT_TYPES[quant_type], absmax.data_ptr(), packed.data_ptr(), torch.get_num_threads()
     )
     check_status(status, "quantize_4bit")
     return packed, absmax
@@ -43,7 +42,7 @@ def quantize_4bit(A, blocksize, quant_type, quant_storage):
 def _dequantize_4bit_into(out, A, absmax, blocksize, quant_type):
     A, absmax = A.contiguous(), absmax.contiguous()
     status = _dequantize_4bit(
-        A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, _QUANT_TYPES[quant_type], DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+        A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, QUANT_TYPES[quant_type], DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
     )
     check_status(status, "dequantize_4bit")
     return out
@@ -113,7 +112,7 @@ def gemm_4bit(
     out = A.new_empty((*rows, N))
     status = _gemm_4bit(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, None if bias is None else bias.data_ptr(), out.data_ptr(),
-        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], DTYPES[A.dtype], torch.get_num_threads(),
+        rows.numel(), N, K, blocksize, QUANT_TYPES[quant_type], DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if status:  # a call for each layer
         check_status(status, "gemm_4bit")
@@ -129,7 +128,7 @@ def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=
     out = A.new_empty((*rows, K))
     status = _gemm_4bit_backward(
         A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *nested, out.data_ptr(),
-        rows.numel(), N, K, blocksize, _QUANT_TYPES[quant_type], DTYPES[A.dtype], torch.get_num_threads(),
+        rows.numel(), N, K, blocksize, QUANT_TYPES[quant_type], DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status(status, "gemm_4bit_backward")
     return out

@@ -6,8 +6,9 @@ import ctypes as ct
 import torch
 
 from ...cextension import check_status
+from ..marshalling import I, P
 from ..native_optimizers import operators, start_of
-from .native import I, P, bind, kernels
+from .native import bind, kernels
 
 _optimizer_step = bind("bnb_cpu_optimizer_step", P, P, I)
 

@@ -12,9 +12,10 @@ import torch
 from ..._ops import NESTED_BLOCKSIZE, blocks
 from ...packing import is_cpu_layout
 from ..default import ops as reference
+from ..marshalling import DTYPES, QUANT_TYPES, I, L, P, address, written
 from . import native
 from .gemm_4bit_plan import KERNELS, Plan, backward_plan, forward_plan, table_of
-from .native import DTYPES, QUANT_TYPES, I, L, P, address, bind, kernels, written
+from .native import bind, kernels
 from .ops import dequantize_4bit_into, dequantize_blockwise
 
 _kernel = kernels("bnb_cuda_gemm_4bit")

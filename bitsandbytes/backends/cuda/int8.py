@@ -7,7 +7,8 @@ torch, so that it can be captured in a CUDA graph; operators that return the lis
 
 import torch
 
-from .native import DTYPES, D, I, L, P, address, bind, kernels, written
+from ..marshalling import DTYPES, D, I, L, P, address, written
+from .native import bind, kernels
 
 _kernel = kernels("bnb_cuda_int8_linear")
 

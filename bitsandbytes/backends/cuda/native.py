@@ -12,11 +12,7 @@ import torch
 
 from ..._ops import implement
 from ...cextension import lib
-
-P, I, L, F, D = ct.c_void_p, ct.c_int32, ct.c_int64, ct.c_float, ct.c_double  # noqa: E741  (pointer, int32, int64, float, double)
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-QUANT_TYPES = {"fp4": 1, "nf4": 2}
+from ..marshalling import I, P
 
 _functions: "weakref.WeakSet[NativeFunction]" = weakref.WeakSet()
 
@@ -99,15 +95,3 @@ def kernels(symbol: str) -> Callable:
     """
     available = has_symbol(symbol)
     return lambda operator: implement(operator, "cuda") if available else lambda function: function
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def written(out: torch.Tensor, write: Callable) -> None:
-    """Lets ``write`` fill ``out``, by way of a contiguous buffer if ``out`` is not contiguous itself."""
-    if out.is_contiguous():
-        write(out)
-    else:
-        out.copy_(write(out.new_empty(out.shape)))

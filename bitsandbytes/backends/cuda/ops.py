@@ -7,7 +7,8 @@ import torch
 
 from ... import codebooks
 from ..._ops import blocks, packed_length
-from .native import DTYPES, QUANT_TYPES, I, L, P, bind, kernels, written
+from ..marshalling import DTYPES, QUANT_TYPES, I, L, P, written
+from .native import bind, kernels
 
 _kernel = kernels("bnb_cuda_quantize_4bit")
 

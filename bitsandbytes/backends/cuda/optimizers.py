@@ -4,8 +4,9 @@ import ctypes as ct
 
 import torch
 
+from ..marshalling import L, P
 from ..native_optimizers import operators
-from .native import L, P, bind, kernels
+from .native import bind, kernels
 
 _optimizer_step = bind("bnb_cuda_optimizer_step", P, P, P, L)
 
