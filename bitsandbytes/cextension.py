@@ -14,7 +14,7 @@ import struct
 
 import torch
 
-from .consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR, PACKAGE_GITHUB_URL
+from .consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR
 from .cuda_specs import CUDASpecs, get_cuda_version_tuple, get_rocm_gpu_arch, get_rocm_warpsize, gpu_is_visible
 
 logger = logging.getLogger(__name__)
@@ -255,8 +255,7 @@ def _explain(error: str, requested: str, available: list[str]) -> str:
         )
     return (
         f"\n{advice}\nOriginal error: {error}\n\n"
-        "For a report on this installation run\n    python -m bitsandbytes\n"
-        f"and include it when you ask for help: {PACKAGE_GITHUB_URL}/issues\n\n"
+        "For a report on this installation, to be included when you ask for help, run\n    python -m bitsandbytes\n\n"
     )
 
 

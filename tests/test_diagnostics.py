@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -104,6 +105,17 @@ def test_threads_come_from_the_runtime_that_torch_brings():
 def test_an_unknown_option_is_refused():
     done = diagnose(PACKAGE_DIR.parent, "--jsn")
     assert done.returncode == 2 and "--jsn" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="about systems with pipes as POSIX has them")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_a_reader_that_stops_early_is_no_error(options):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_DIR.parent), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "bitsandbytes", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == "" and process.returncode == -signal.SIGPIPE
 
 
 def test_names_that_other_projects_call(capsys):
