@@ -68,9 +68,10 @@ class EmulatedLibrary:
     def __getitem__(self, name: str):
         return getattr(self, name)
 
-    def be(self, capability: int = 90, reversed_threads: bool = False) -> None:
-        """Sets the compute capability that is emulated and the order in which threads run."""
+    def be(self, capability: int = 90, reversed_threads: bool = False, built_for: int = 0) -> None:
+        """Sets the compute capability that is emulated, the order in which threads run, and what the library was built for, if not for the device."""
         self.bnb_emulation_set_capability(capability)
+        self.bnb_emulation_set_built_for(built_for)
         self.bnb_emulation_set_reversed(int(reversed_threads))
 
 

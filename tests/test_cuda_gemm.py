@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from native_cpu import DTYPES, QUANT_TYPES, Guarded, assert_same_floats, at_page_edge
-from native_cuda import EmulatedLibrary, build_emulated_library, cuda, cuda_once, emulated_library  # noqa: F401  (fixtures among them)
+from native_cuda import EmulatedLibrary, build_emulated_library, cuda, cuda_once, emulated_library, emulated_only  # noqa: F401  (fixtures among them)
 import numpy as np
 import pytest
 from test_cpu_gemm import Weight
@@ -249,6 +249,27 @@ def test_every_architecture(cuda_once, dtype, capability):
         multiply_backward(cuda_once, A, backward, status=2)
     else:
         assert_as_good_as_dense(multiply_backward(cuda_once, A, backward, 32), A, backward.values.T)
+
+
+@pytest.mark.parametrize("capability, built_for, usable", [
+    (86, 86, 86), (86, 80, 86), (86, 75, 75), (75, 70, 70), (90, 80, 80), (103, 100, 103), (121, 120, 121), (120, 90, 90), (75, 60, 60),
+])  # fmt: skip
+def test_capability_is_that_of_older_code_where_there_is_no_other(cuda_once, emulated_only, capability, built_for, usable):
+    cuda_once.be(capability=capability, built_for=built_for)
+    assert cuda_once.bnb_cuda_capability(0) == usable
+
+
+@dtypes
+@pytest.mark.parametrize("capability, built_for", [(86, 75), (90, 70), (120, 60), (120, 80)])
+def test_a_library_of_older_code_serves_a_newer_device(cuda_once, emulated_only, dtype, capability, built_for):
+    """The driver translates it, but kernels that need later instructions are not in it."""
+    cuda_once.be(capability=capability, built_for=built_for)
+    weight = Weight(64, 128, 64, nested=True)
+    state, statistics = state_of(weight)
+    for M in (1, 9, 70, 300):
+        A, grad = torch.randn(M, 128).to(dtype), torch.randn(M, 64).to(dtype)
+        assert_as_good_as_dense(gemm.gemm_4bit(A, *state, **statistics), A, weight.values, note=f"M={M}")
+        assert_as_good_as_dense(gemm.gemm_4bit_backward(grad, *state, **statistics), grad, weight.values.T, note=f"backward M={M}")
 
 
 # ------------------------------------------------------------------------------------- the same bytes in every run and order of threads

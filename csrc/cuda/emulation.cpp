@@ -104,6 +104,7 @@ struct Thread {
 struct Machine {
     std::mutex lock;
     int capability = 90;
+    int built_for = 0; // 0: the capability
     bool reversed = false;
 
     const std::function<void()>* body = nullptr;
@@ -215,6 +216,8 @@ void run_block(uint3 block, dim3 grid, dim3 size) {
 const Place& here() { return machine.running->place; }
 
 int capability() { return machine.capability; }
+
+int architecture() { return machine.built_for == 0 ? machine.capability : machine.built_for; }
 
 int shared_memory_limit() {
     switch (machine.capability) {
@@ -354,6 +357,7 @@ void fail(const char* format, ...) {
 } // namespace emulation
 } // namespace bnb
 
-// For tests: which device to be, and in which order threads run.
+// For tests: which device to be, what the library is to have been built for (0: for that device), and in which order threads run.
 BNB_API void bnb_emulation_set_capability(int32_t capability) { bnb::emulation::machine.capability = capability; }
+BNB_API void bnb_emulation_set_built_for(int32_t capability) { bnb::emulation::machine.built_for = capability; }
 BNB_API void bnb_emulation_set_reversed(int32_t reversed) { bnb::emulation::machine.reversed = reversed != 0; }

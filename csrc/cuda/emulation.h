@@ -36,6 +36,7 @@ const Place& here();
 
 // The emulated device, by compute capability (75, 80, 86, 90, ...): what shared memory it has, what the dispatch of kernels sees.
 int capability();
+int architecture(); // that the library was built for, as if there were one
 int shared_memory_limit();
 
 // Runs `thread` for every thread of every block. Returns false if the device could not: too many threads, too much shared memory.

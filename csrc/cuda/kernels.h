@@ -32,7 +32,7 @@ class DeviceGuard {
 
 // Of the current device. They are asked once for each device and remembered.
 struct DeviceProperties {
-    int32_t capability; // 10 * major + minor
+    int32_t capability; // 10 * major + minor; that of the code which runs there, if the library has none with the device's instructions
     int32_t multiprocessors;
     int32_t shared_memory_limit; // bytes a block can have
 };

@@ -163,14 +163,16 @@ __device__ __forceinline__ void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t
 constexpr bool kIsEmulated = false;
 constexpr int32_t kRuntimeVersion = CUDART_VERSION;
 
-inline int32_t check_device(cudaError_t error) { return error == cudaSuccess ? int32_t(kOk) : report_device_error(cudaGetErrorString(error)); }
+// Other libraries ask the runtime for the last error and would take one of ours for theirs: it is taken away.
+inline int32_t check_device(cudaError_t error) {
+    if (error == cudaSuccess)
+        return kOk;
+    cudaGetLastError();
+    return report_device_error(cudaGetErrorString(error));
+}
+
 inline int32_t get_device(int& device) { return check_device(cudaGetDevice(&device)); }
 inline int32_t set_device(int device) { return check_device(cudaSetDevice(device)); }
-
-inline int count_devices() {
-    int count = 0;
-    return check_device(cudaGetDeviceCount(&count)) == kOk ? count : 0;
-}
 
 inline DeviceProperties ask_device(int device) {
     const auto attribute = [&](cudaDeviceAttr which) {
@@ -180,6 +182,12 @@ inline DeviceProperties ask_device(int device) {
     };
     return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
             attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+// What a kernel's code for the current device was compiled for, 10 * major + minor; 0: it has none.
+inline int32_t architecture_of(const void* kernel) {
+    cudaFuncAttributes attributes{};
+    return check_device(cudaFuncGetAttributes(&attributes, kernel)) == kOk ? attributes.ptxVersion : 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host: memory

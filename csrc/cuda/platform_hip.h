@@ -88,24 +88,30 @@ template <typename T> __device__ __forceinline__ uint32_t narrow_pair(float firs
 constexpr bool kIsEmulated = false;
 constexpr int32_t kRuntimeVersion = 1000 * HIP_VERSION_MAJOR + 10 * HIP_VERSION_MINOR;
 
-inline int32_t check_device(hipError_t error) { return error == hipSuccess ? int32_t(kOk) : report_device_error(hipGetErrorString(error)); }
+// Other libraries ask the runtime for the last error and would take one of ours for theirs: it is taken away.
+inline int32_t check_device(hipError_t error) {
+    if (error == hipSuccess)
+        return kOk;
+    (void)hipGetLastError();
+    return report_device_error(hipGetErrorString(error));
+}
+
 inline int32_t get_device(int& device) { return check_device(hipGetDevice(&device)); }
 inline int32_t set_device(int device) { return check_device(hipSetDevice(device)); }
 
-inline int count_devices() {
-    int count = 0;
-    return check_device(hipGetDeviceCount(&count)) == kOk ? count : 0;
-}
-
 // The capability says nothing about tensor cores here: it stays below that of every NVIDIA GPU.
+constexpr int32_t kAnyCapability = 1;
+
 inline DeviceProperties ask_device(int device) {
     const auto attribute = [&](hipDeviceAttribute_t which) {
         int value = 0;
         check_device(hipDeviceGetAttribute(&value, which, device));
         return value;
     };
-    return {1, attribute(hipDeviceAttributeMultiprocessorCount), attribute(hipDeviceAttributeMaxSharedMemoryPerBlock)};
+    return {kAnyCapability, attribute(hipDeviceAttributeMultiprocessorCount), attribute(hipDeviceAttributeMaxSharedMemoryPerBlock)};
 }
+
+inline int32_t architecture_of(const void*) { return kAnyCapability; }
 
 // ---------------------------------------------------------------------------------------------------------------- host: memory
 // Null: there is none left. What is allocated on a stream exists in its order.

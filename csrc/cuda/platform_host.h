@@ -281,7 +281,7 @@ template <typename T> void multiply_m16n8k16(const emulation::Part (&parts)[kWar
 }
 
 template <typename T> void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
-    if (emulation::capability() < (std::is_same<T, BFloat16>::value ? 80 : 75))
+    if (emulation::architecture() < (std::is_same<T, BFloat16>::value ? 80 : 75))
         emulation::fail("this device has no tensor cores for these elements");
     MmaOperands operands;
     memcpy(operands.a, a, sizeof a);
@@ -317,7 +317,7 @@ inline void multiply_m16n8k32_s8(const emulation::Part (&parts)[kWarpSize], uint
 }
 
 inline void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const uint32_t (&c)[4]) {
-    if (emulation::capability() < 75)
+    if (emulation::architecture() < 75)
         emulation::fail("this device has no tensor cores for int8");
     IntegerMmaOperands operands;
     memcpy(operands.a, a, sizeof a);
@@ -332,8 +332,8 @@ constexpr int32_t kRuntimeVersion = 0;
 
 inline int32_t get_device(int& device) { return device = 0, int32_t(kOk); }
 inline int32_t set_device(int device) { return device == 0 ? int32_t(kOk) : report_device_error("the emulation has one device, number 0"); }
-inline int count_devices() { return 1; }
 inline DeviceProperties ask_device(int) { return {emulation::capability(), 4, emulation::shared_memory_limit()}; }
+inline int32_t architecture_of(const void*) { return emulation::architecture(); }
 
 // ------------------------------------------------------------------------------------------------------------------------ host: memory
 inline void* allocate_pages(size_t bytes) { return malloc(bytes); }

@@ -2,6 +2,7 @@
 #include "device.h"
 
 #include <cstdio>
+#include <mutex>
 
 namespace bnb {
 namespace {
@@ -38,25 +39,37 @@ DeviceGuard::~DeviceGuard() {
 
 namespace {
 
-struct AllDevices {
-    DeviceProperties properties[kMostDevices] = {};
+__global__ void any_kernel() {}
 
-    AllDevices() {
-        const int count = count_devices();
-        for (int device = 0; device < count && device < kMostDevices; ++device)
-            properties[device] = ask_device(device);
-    }
+// Capabilities with the same instructions have the same number.
+int32_t generation(int32_t capability) { return capability < 80 ? capability : capability / 10 * 10; }
+
+// A library of older code only, which the driver translates for the device, has the kernels that this code was compiled with.
+DeviceProperties ask(int device) {
+    DeviceProperties properties = ask_device(device);
+    const int32_t architecture = architecture_of(reinterpret_cast<const void*>(any_kernel));
+    if (generation(architecture) < generation(properties.capability))
+        properties.capability = architecture;
+    return properties;
+}
+
+struct Device {
+    std::once_flag is_asked;
+    DeviceProperties properties;
 };
 
 } // namespace
 
 const DeviceProperties& device_properties() {
-    static AllDevices all;
+    static Device devices[kMostDevices];
+    int current = 0;
+    get_device(current);
+    Device& device = devices[current < kMostDevices ? current : 0];
     if (kIsEmulated) // tests change what it is
-        all = AllDevices();
-    int device = 0;
-    get_device(device);
-    return all.properties[device < kMostDevices ? device : 0];
+        device.properties = ask(current);
+    else
+        std::call_once(device.is_asked, [&] { device.properties = ask(current); });
+    return device.properties;
 }
 
 } // namespace bnb
