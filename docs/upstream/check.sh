@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Shows what each fix changes, on copies of a checkout of the published library: its regression test fails without the fix and passes with it,
-# and the test files of the library that exercise the same code fail nowhere where they did not fail before. Everything runs on the CPU.
+# Shows what each fix changes, on copies of a checkout of the published library: its regression test fails without the fix and passes with it.
+# Then, with all the fixes that were asked for, all regression tests pass, and the test files of the library that exercise the same code fail
+# nowhere where they did not fail before. Everything runs on the CPU.
 #
 #   PYTHON=python3 docs/upstream/check.sh CHECKOUT [FIX...]
 #
@@ -9,7 +10,7 @@
 #            With transformers installed, the companion change for it is checked as well, on a copy of the installed package.
 # SELECTION  which tests of the library's own files are run, as an expression for pytest's -k; "not compile" by default, "" for all of them. What
 #            is marked as benchmark, slow or deprecated is left out, as in the library's own configuration.
-# FIX        names of folders here; all of them by default.
+# FIX        names of folders here; all of them by default. With one name, the library's own tests run with that fix alone.
 #
 # The result is 0 if everything is as it should be.
 set -euo pipefail
@@ -35,6 +36,9 @@ folder_of() { (cd "$work" && "$python" -c "import importlib.util as u; print(u.f
 
 # The header of an edits file: "field: words".
 header() { sed -n "s/^$2: //p" "$here/$1/fix.edits"; }
+
+# The words of its input, each once.
+words() { tr ' ' '\n' | sort -u; }
 
 # run TREE LOG PYTEST_ARGUMENTS...: pytest with the package of TREE; prints its last line.
 run() {
@@ -76,12 +80,15 @@ failures() { sed -n 's/^\(FAILED\|ERROR\) \([^ ]*\).*/\2/p' "$1" | sort; }
 own_tests() {
     local tree=$1 line status=0
     shift
+    say "  $*"
     line=$(cd "$tree" && run "$tree" "$work/own.log" "${selection[@]}" "$@") || status=$?
-    say "  $*: $line"
+    say "  with:    $line"
     [ "$status" = 0 ] && return
     failures "$work/own.log" > "$work/now"
     if [ ! -s "$work/now" ]; then fail "pytest ended with $status"; tail -20 "$work/own.log"; return; fi
-    (cd "$work/base" && run "$work/base" "$work/own-before.log" "${selection[@]}" "$@") > /dev/null || true
+    mapfile -t failing < "$work/now"
+    line=$(cd "$work/base" && run "$work/base" "$work/own-before.log" "${failing[@]}") || true
+    say "  those that fail, without: $line"
     failures "$work/own-before.log" > "$work/then"
     say "  failing before as well:"
     comm -12 "$work/then" "$work/now" | sed 's/^/    /'
@@ -105,9 +112,6 @@ for fix in "${fixes[@]}"; do
         [[ $test == */test_transformers_* ]] && continue
         before_and_after "$test" "$tree" "$python" "$here/apply.py" "$tree" "$here/$fix/fix.edits"
     done
-    read -ra files <<< "$(header "$fix" tests)"
-    own_tests "$tree" "${files[@]}"
-
     if [ -e "$here/$fix/transformers.edits" ]; then
         if package=$(folder_of transformers 2> /dev/null); then
             say "  transformers $(version transformers), with the unchanged library"
@@ -122,23 +126,24 @@ for fix in "${fixes[@]}"; do
     rm -rf "$tree"
 done
 
-if [ $# = 0 ]; then
-    say "all of them together"
-    cp -r "$work/base" "$work/all"
-    tests=()
-    for fix in "${fixes[@]}"; do
-        "$python" "$here/apply.py" "$work/all" "$here/$fix/fix.edits" || fail "$fix does not apply after the ones before it"
-        for test in "$here/$fix"/test_*.py; do
-            [[ $test == */test_transformers_* ]] && continue
-            cp "$test" "$work/tests/"
-            tests+=("$(basename "$test")")
-        done
+say "together: ${fixes[*]}"
+cp -r "$work/base" "$work/all"
+tests=()
+for fix in $(for fix in "${fixes[@]}"; do header "$fix" after; echo "$fix"; done | words); do
+    "$python" "$here/apply.py" "$work/all" "$here/$fix/fix.edits" || fail "$fix does not apply after the ones before it"
+    for test in "$here/$fix"/test_*.py; do
+        [[ $test == */test_transformers_* ]] && continue
+        cp "$test" "$work/tests/"
+        tests+=("$(basename "$test")")
     done
-    status=0
-    line=$(cd "$work/tests" && run "$work/all" "$work/all.log" --rootdir "$work/tests" "${tests[@]}") || status=$?
-    say "  with:    $line"
-    [ "$status" = 0 ] || { fail "see below"; tail -40 "$work/all.log"; }
-fi
+done
+status=0
+line=$(cd "$work/tests" && run "$work/all" "$work/all.log" --rootdir "$work/tests" "${tests[@]}") || status=$?
+say "  with:    $line"
+[ "$status" = 0 ] || { fail "see below"; tail -40 "$work/all.log"; }
+say "the library's own tests of the same code"
+mapfile -t files < <(for fix in "${fixes[@]}"; do header "$fix" tests; done | words)
+own_tests "$work/all" "${files[@]}"
 
 [ "$wrong" = 0 ] && say "everything is as it should be"
 exit "$wrong"

@@ -152,6 +152,27 @@ def test_a_checkpoint_becomes_the_weight_of_a_layer_on_the_meta_device():
     assert target.state_dict().keys() == source.state_dict().keys()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_float_checkpoint_is_quantized_on_its_way_into_the_codes(dtype, used, assign):
+    torch.manual_seed(3)
+    source, target, expected = nn.Linear(64, 48).to(dtype), int8_layer(seed=5), int8_layer(seed=6)
+    if used:
+        output(target)
+    target.load_state_dict(source.state_dict(), assign=assign)
+    expected.weight = bnb.nn.Int8Params(source.weight.data.clone(), requires_grad=False).to("cpu")
+    expected.bias = source.bias
+    assert target.weight.dtype == torch.int8 and torch.equal(target.weight.data, expected.weight.data)
+    assert torch.equal(output(target), output(expected))
+    assert target.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_a_float_checkpoint_of_another_size_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        int8_layer().load_state_dict(nn.Linear(64, 47).state_dict())
+
+
 def test_dtype_conversions_leave_the_codes_alone():
     layer = nn.Sequential(int8_layer())
     codes, scales = layer[0].weight.data.clone(), layer[0].weight.SCB.clone()
