@@ -251,6 +251,25 @@ def test_every_architecture(cuda_once, dtype, capability):
         assert_as_good_as_dense(multiply_backward(cuda_once, A, backward, 32), A, backward.values.T)
 
 
+@halves
+@pytest.mark.parametrize("capability", [known for known in TABLES if known not in ("default", 75)])
+def test_every_tile_of_a_table_fits_its_devices(cuda_once, emulated_only, dtype, capability):
+    """Where it did not fit another kernel took over, which adds up in another order."""
+    weight, A, grad = Weight(300, 640, 64), activations(random_of(8), 70, 640, dtype), activations(random_of(9), 70, 304, dtype)
+    backward = Weight(304, 640, 64)
+    tiles = {
+        direction: {entry[2] for entries in TABLES[capability][direction].values() for entry in entries if entry[1] == "tiled"}
+        for direction in ("forward", "backward")
+    }
+    assert max(tiles["forward"]) <= (128 if capability in (90, 100) else 64)
+    results = []
+    for device in (90, capability):
+        cuda_once.be(capability=device)
+        forward = [multiply(cuda_once, A, weight, Plan(KERNELS["tiled"], tile, 1)) for tile in sorted(tiles["forward"])]
+        results.append([*forward, *(multiply_backward(cuda_once, grad, backward, tile) for tile in sorted(tiles["backward"]))])
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("capability, built_for, usable", [
     (86, 86, 86), (86, 80, 86), (86, 75, 75), (75, 70, 70), (90, 80, 80), (103, 100, 103), (121, 120, 121), (120, 90, 90), (75, 60, 60),
 ])  # fmt: skip

@@ -41,9 +41,7 @@ template <int kTokens> struct Step {
     __device__ __forceinline__ static int place(int byte) { return (byte / 16 * kWarpSize + lane_index()) * 16 + byte % 16; }
 };
 
-template <int kTokens, int kStages, int kStep> constexpr size_t shared_bytes() {
-    return kTableBytes<kStep> + kStages * kWarps * Step<kTokens>::kBytes;
-}
+template <int kTokens, int kStages, int kStep> constexpr size_t kSharedBytes = kTableBytes<kStep> + kStages * kWarps * Step<kTokens>::kBytes;
 
 template <int bytes> __device__ __forceinline__ void copy_async_bytes(void* shared, const void* global) {
     if constexpr (bytes == 16)
@@ -232,20 +230,18 @@ int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream
     if (token_blocks > 65535 || used > 65535)
         return kUnsupported;
     const dim3 grid(unsigned(divide_up(args.K, 8 * Step<kTokens>::kColumns)), unsigned(token_blocks), unsigned(used));
-    constexpr size_t bytes = shared_bytes<kTokens, kStages, kStep>();
+    constexpr size_t bytes = kSharedBytes<kTokens, kStages, kStep>;
     const int32_t status = launch(gemm_4bit_backward<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), bytes, stream, args,
                                   levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(rows), used > 1 ? plan.partial : nullptr);
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, plan.partial, int(used), args.K, stream);
 }
 
-// Deep and with the quick table where the device has room for that.
+// Deep and with the quick table where the device has 144 KB for a block, else what every device has room for.
 template <typename T, bool nested, int kTokens> int32_t run_tokens(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
-    const size_t limit = size_t(device_properties().shared_memory_limit);
-    if (shared_bytes<kTokens, 6, kWideStep>() <= limit)
-        return run_stages<T, nested, kTokens, 6, kWideStep>(args, plan, stream);
-    if (shared_bytes<kTokens, 3, kNarrowStep>() <= limit)
-        return run_stages<T, nested, kTokens, 3, kNarrowStep>(args, plan, stream);
-    return kUnsupported;
+    static_assert(kSharedBytes<kTokens, 3, kNarrowStep> <= kLeastSharedMemory);
+    if (kSharedBytes<kTokens, 4, kWideStep> <= size_t(device_properties().shared_memory_limit))
+        return run_stages<T, nested, kTokens, 4, kWideStep>(args, plan, stream);
+    return run_stages<T, nested, kTokens, 3, kNarrowStep>(args, plan, stream);
 }
 
 template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
@@ -266,10 +262,8 @@ template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const G
 int32_t launch_gemm_4bit_backward(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     if (!suits_tensor_cores(args, args.A, args.N) || device_properties().capability < 80)
         return kUnsupported;
-    const bool nested = args.scales.absmax_8bit != nullptr;
-    if (args.dtype == kBFloat16)
-        return nested ? run<BFloat16, true>(args, plan, stream) : run<BFloat16, false>(args, plan, stream);
-    return nested ? run<Half, true>(args, plan, stream) : run<Half, false>(args, plan, stream);
+    return with_type_and_nesting(
+        args, [&](auto* element, auto nested) { return run<std::remove_pointer_t<decltype(element)>, decltype(nested)::value>(args, plan, stream); });
 }
 
 } // namespace bnb

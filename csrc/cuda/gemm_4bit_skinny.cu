@@ -228,10 +228,9 @@ template <typename T, bool nested> int32_t run_unit(const GemmArgs4bit& args, in
 int32_t launch_gemm_4bit_skinny(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     if (!suits_tensor_cores(args, args.A, args.K) || (plan.tile != 8 && plan.tile != 16 && plan.tile != 32))
         return kUnsupported;
-    const bool nested = args.scales.absmax_8bit != nullptr;
-    if (args.dtype == kBFloat16)
-        return nested ? run_unit<BFloat16, true>(args, plan.tile, stream) : run_unit<BFloat16, false>(args, plan.tile, stream);
-    return nested ? run_unit<Half, true>(args, plan.tile, stream) : run_unit<Half, false>(args, plan.tile, stream);
+    return with_type_and_nesting(args, [&](auto* element, auto nested) {
+        return run_unit<std::remove_pointer_t<decltype(element)>, decltype(nested)::value>(args, plan.tile, stream);
+    });
 }
 
 } // namespace bnb

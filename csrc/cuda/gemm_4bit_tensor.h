@@ -10,6 +10,8 @@
 
 #include "gemm_4bit_common.h"
 
+#include <type_traits>
+
 namespace bnb {
 
 constexpr int kTableCopies = 16;
@@ -97,6 +99,8 @@ template <bool nested> __device__ __forceinline__ float scale_offset(const Block
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------- host
+constexpr size_t kLeastSharedMemory = 99 * 1024; // that a block can have from sm_80 on
+
 constexpr int64_t kMostColumns = int64_t(1) << 27; // 32 rows of codes are within reach of 32 bits
 constexpr int64_t kMostBlocks = int64_t(1) << 31;
 
@@ -109,6 +113,14 @@ inline bool suits_tensor_cores(const GemmArgs4bit& args, const void* activations
     const bool fits = args.K <= kMostColumns && args.N <= kMostColumns && args.N * args.K / args.blocksize < kMostBlocks;
     const bool is_readable = is_aligned(args.B, 16) && is_aligned(activations, 16) && row_of_activations % 8 == 0;
     return has_type && is_regular && fits && is_readable;
+}
+
+// Calls `run` with a null pointer to the 16-bit element type of the product, and whether its statistics are nested as a type.
+template <typename Run> int32_t with_type_and_nesting(const GemmArgs4bit& args, Run run) {
+    const auto with_type = [&](auto* element) {
+        return args.scales.absmax_8bit != nullptr ? run(element, std::true_type()) : run(element, std::false_type());
+    };
+    return args.dtype == kBFloat16 ? with_type(static_cast<BFloat16*>(nullptr)) : with_type(static_cast<Half*>(nullptr));
 }
 
 } // namespace bnb

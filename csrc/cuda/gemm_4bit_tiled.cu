@@ -32,12 +32,12 @@ constexpr int kPitch = kRowsOfWarp + 4;     // floats from token to token of a w
 template <int kTokens> constexpr size_t kTokenBytes = size_t(kTokens) * kChunk * 2;
 constexpr size_t kCodeBytes = size_t(kRows) * kChunk / 2;
 template <int kTokens> constexpr size_t kStageBytes = kTokenBytes<kTokens> + kCodeBytes;
-template <int kTokens> constexpr size_t kResultBytes = size_t(kWarps) * kTokens * kPitch * sizeof(float);
+template <int kTokens, int kStages> constexpr size_t kRingBytes = kStages * kStageBytes<kTokens>;
+template <int kTokens, int kStages, int kStep> constexpr size_t kSharedBytes = kTableBytes<kStep> + kRingBytes<kTokens, kStages>;
 
-template <int kTokens, int kStages, int kStep> constexpr size_t shared_bytes() {
-    const size_t ring = kStages * kStageBytes<kTokens>;
-    return kTableBytes<kStep> + (ring > kResultBytes<kTokens> ? ring : kResultBytes<kTokens>);
-}
+// Tokens whose results a warp stores at a time, by way of what was the ring.
+template <int kTokens> constexpr int kStoredTokens = kTokens < 32 ? kTokens : 32;
+template <int kTokens> constexpr size_t kResultBytes = size_t(kWarps) * kStoredTokens<kTokens> * kPitch * sizeof(float);
 
 // Where vector `i` of a token lies among the token's vectors.
 __device__ __forceinline__ int place_of_vector(int token, int i) { return (i % 4 * 4 + i / 4) ^ (token % 2 * 4); }
@@ -159,27 +159,32 @@ template <typename T, bool nested, int kTokens, int kStages, int kStep> struct T
 
     // By way of shared memory, so that what a warp stores at once are successive rows of W, that is successive elements of the result.
     __device__ __forceinline__ void store(float* partial) {
+        constexpr int stored = kStoredTokens<kTokens>;
         const int g = lane_index() / 4, t = lane_index() % 4;
-        float* result = reinterpret_cast<float*>(ring) + warp_index() * kTokens * kPitch;
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-            for (int j = 0; j < kTokens / 8; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    result[(j * 8 + t * 2 + i % 2) * kPitch + tile * 16 + i / 2 * 8 + g] = sums[tile][j][i];
-        __syncwarp();
+        float* result = reinterpret_cast<float*>(ring) + warp_index() * stored * kPitch;
         const int64_t row = first_row() + lane_index();
-        if (row >= args.N)
-            return;
-        const float bias = args.bias == nullptr || partial != nullptr ? 0.0f : widen(static_cast<const T*>(args.bias)[row]);
-        for (int token = 0; token < token_count; ++token) {
-            const float sum = result[token * kPitch + lane_index()] + bias;
-            const int64_t at = (first_token + token) * args.N + row;
-            if (partial != nullptr)
-                partial[at] = sum;
-            else
-                static_cast<T*>(args.out)[at] = narrow<T>(sum);
+        const bool has_bias = args.bias != nullptr && partial == nullptr && row < args.N;
+        const float bias = has_bias ? widen(static_cast<const T*>(args.bias)[row]) : 0.0f;
+#pragma unroll
+        for (int first = 0; first < kTokens; first += stored) {
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+                for (int j = 0; j < stored / 8; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        result[(j * 8 + t * 2 + i % 2) * kPitch + tile * 16 + i / 2 * 8 + g] = sums[tile][first / 8 + j][i];
+            __syncwarp();
+            const int tokens = row < args.N ? min(stored, token_count - first) : 0;
+            for (int token = 0; token < tokens; ++token) {
+                const float sum = result[token * kPitch + lane_index()] + bias;
+                const int64_t at = (first_token + first + token) * args.N + row;
+                if (partial != nullptr)
+                    partial[at] = sum;
+                else
+                    static_cast<T*>(args.out)[at] = narrow<T>(sum);
+            }
+            __syncwarp(); // before the next tokens take the place of these
         }
     }
 };
@@ -219,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, bool nested, int kTokens, int kStages, int kStep>
 int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
+    static_assert(kResultBytes<kTokens> <= kRingBytes<kTokens, kStages>);
     const int64_t chunks = divide_up(args.K, kChunk);
     const int64_t splits = plan.splits < chunks ? plan.splits : chunks, columns = divide_up(chunks, splits) * kChunk;
     const int64_t used = divide_up(args.K, columns), token_blocks = divide_up(args.M, kTokens);
@@ -226,33 +232,32 @@ int32_t run_stages(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream
         return kUnsupported;
     const dim3 grid(unsigned(divide_up(args.N, kRows)), unsigned(token_blocks), unsigned(used));
     const int32_t status =
-        launch(gemm_4bit_tiled<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), shared_bytes<kTokens, kStages, kStep>(), stream, args,
+        launch(gemm_4bit_tiled<T, nested, kTokens, kStages, kStep>, grid, dim3(kThreads), kSharedBytes<kTokens, kStages, kStep>, stream, args,
                levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(columns), used > 1 ? plan.partial : nullptr);
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, plan.partial, int(used), args.N, stream);
 }
 
-// Deep and with the quick table where the device has room for that; kDeep stages fit into the largest shared memory.
-template <typename T, bool nested, int kTokens, int kDeep> int32_t run_tokens(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
-    const size_t limit = size_t(device_properties().shared_memory_limit);
-    if (shared_bytes<kTokens, kDeep, kWideStep>() <= limit)
+// Deep and with the quick table where the device has 160 KB for a block, else what every device has room for.
+template <typename T, bool nested, int kTokens, int kDeep, int kShallow>
+int32_t run_tokens(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
+    static_assert(kSharedBytes<kTokens, kShallow, kNarrowStep> <= kLeastSharedMemory);
+    if (kSharedBytes<kTokens, kDeep, kWideStep> <= size_t(device_properties().shared_memory_limit))
         return run_stages<T, nested, kTokens, kDeep, kWideStep>(args, plan, stream);
-    if constexpr (kTokens == 128)
-        return run_tokens<T, nested, 64, 4>(args, plan, stream);
-    else if (shared_bytes<kTokens, 2, kNarrowStep>() <= limit)
-        return run_stages<T, nested, kTokens, 2, kNarrowStep>(args, plan, stream);
-    return kUnsupported;
+    return run_stages<T, nested, kTokens, kShallow, kNarrowStep>(args, plan, stream);
 }
 
 template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     switch (plan.tile) {
     case 16:
-        return run_tokens<T, nested, 16, 4>(args, plan, stream);
+        return run_tokens<T, nested, 16, 4, 3>(args, plan, stream);
     case 32:
-        return run_tokens<T, nested, 32, 4>(args, plan, stream);
-    case 64:
-        return run_tokens<T, nested, 64, 4>(args, plan, stream);
+        return run_tokens<T, nested, 32, 4, 2>(args, plan, stream);
     case 128:
-        return run_tokens<T, nested, 128, 3>(args, plan, stream);
+        if (kSharedBytes<128, 3, kWideStep> <= size_t(device_properties().shared_memory_limit))
+            return run_stages<T, nested, 128, 3, kWideStep>(args, plan, stream);
+        [[fallthrough]];
+    case 64:
+        return run_tokens<T, nested, 64, 3, 2>(args, plan, stream);
     default:
         return kUnsupported;
     }
@@ -263,10 +268,8 @@ template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const G
 int32_t launch_gemm_4bit_tiled(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     if (!suits_tensor_cores(args, args.A, args.K) || device_properties().capability < 80)
         return kUnsupported;
-    const bool nested = args.scales.absmax_8bit != nullptr;
-    if (args.dtype == kBFloat16)
-        return nested ? run<BFloat16, true>(args, plan, stream) : run<BFloat16, false>(args, plan, stream);
-    return nested ? run<Half, true>(args, plan, stream) : run<Half, false>(args, plan, stream);
+    return with_type_and_nesting(
+        args, [&](auto* element, auto nested) { return run<std::remove_pointer_t<decltype(element)>, decltype(nested)::value>(args, plan, stream); });
 }
 
 } // namespace bnb
