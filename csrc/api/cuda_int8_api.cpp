@@ -1,37 +1,16 @@
 // LLM.int8() on the GPU: argument checks, and the order of the kernels.
-#include "arguments.h"
 #include "cuda_api.h"
 #include "cuda_call.h"
+#include "int8_arguments.h"
 
 #include "../common/quantize.h"
-
-#include <cfloat>
-#include <cmath>
 
 namespace bnb {
 namespace {
 
-bool is_matrix(int64_t rows, int64_t columns) { return is_count(rows) && is_count(columns) && (columns == 0 || rows <= kMostElements / columns); }
-
-bool are_matrices(int64_t M, int64_t N, int64_t K) { return is_matrix(M, K) && is_matrix(N, K) && is_matrix(M, N); }
-
-// A null pointer is no error where there is nothing to point at.
-bool holds(const void* p, int64_t count) { return p != nullptr || count == 0; }
-
 bool is_kernel(int32_t kernel) { return kernel >= kInt8Auto && kernel <= kInt8Wide; }
 
 bool is_bias(const void* bias, int32_t dtype) { return bias == nullptr || is_dtype(dtype); }
-
-// The largest magnitude that is no outlier.
-float limit_of(double threshold) {
-    if (!(threshold > 0.0))
-        return INFINITY;
-    return nextafterf(threshold > double(FLT_MAX) ? INFINITY : float(threshold), -INFINITY);
-}
-
-bool is_threshold(double threshold, const uint8_t* is_outlier, int64_t columns) {
-    return threshold >= 0.0 && (threshold == 0.0 ? is_outlier == nullptr : holds(is_outlier, columns));
-}
 
 int64_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 

@@ -1,32 +1,13 @@
 // LLM.int8(): argument checks, the split over threads, and the call into the kernels.
 #include "api.h"
-#include "arguments.h"
+#include "int8_arguments.h"
 
 #include "../common/status.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/threads.h"
 
-#include <cfloat>
-#include <cmath>
-
 namespace bnb {
 namespace {
-
-bool is_matrix(int64_t rows, int64_t columns) { return is_count(rows) && is_count(columns) && (columns == 0 || rows <= kMostElements / columns); }
-
-// A null pointer is no error where there is nothing to point at.
-bool holds(const void* p, int64_t count) { return p != nullptr || count == 0; }
-
-// The largest magnitude that is no outlier.
-float limit_of(double threshold) {
-    if (!(threshold > 0.0))
-        return INFINITY;
-    return nextafterf(threshold > double(FLT_MAX) ? INFINITY : float(threshold), -INFINITY);
-}
-
-bool is_threshold(double threshold, const uint8_t* is_outlier, int64_t columns) {
-    return threshold >= 0.0 && (threshold == 0.0 ? is_outlier == nullptr : holds(is_outlier, columns));
-}
 
 // Calls function(begin, end) on ranges of `count` items that cost about `each` elements of work.
 template <typename Function> void for_ranges(int64_t count, int64_t each, int32_t threads, const Function& function) {
@@ -34,7 +15,7 @@ template <typename Function> void for_ranges(int64_t count, int64_t each, int32_
 }
 
 int32_t multiply(Int8ProductArgs args) {
-    if (!is_dtype(args.dtype) || !is_matrix(args.M, args.K) || !is_matrix(args.N, args.K) || !is_matrix(args.M, args.N) || args.threads < 0)
+    if (!is_dtype(args.dtype) || !are_matrices(args.M, args.N, args.K) || args.threads < 0)
         return kBadArgument;
     if (!holds(args.CB, args.N * args.K) || !holds(args.out, args.M * args.N) || !holds(args.codes != nullptr ? args.codes : args.A, args.M * args.K))
         return kBadArgument;
@@ -127,7 +108,7 @@ int32_t bnb_cpu_int8_linear(const void* A, const int8_t* CB, const float* SCB, c
 
 int32_t bnb_cpu_int8_linear_backward(const void* A, const int8_t* CB, const float* SCB, void* out, int64_t M, int64_t N, int64_t K, int32_t dtype,
                                      int32_t threads) {
-    if (!is_dtype(dtype) || !is_matrix(M, N) || !is_matrix(N, K) || !is_matrix(M, K) || threads < 0)
+    if (!is_dtype(dtype) || !are_matrices(M, N, K) || threads < 0)
         return kBadArgument;
     if (!holds(A, M * N) || !holds(CB, N * K) || !holds(SCB, N) || !holds(out, M * K))
         return kBadArgument;

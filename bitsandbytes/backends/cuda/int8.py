@@ -7,7 +7,8 @@ torch, so that it can be captured in a CUDA graph; operators that return the lis
 
 import torch
 
-from ..marshalling import DTYPES, D, I, L, P, address, written
+from ..marshalling import DTYPES, D, I, L, P, address
+from ..native_int8 import operators
 from .native import bind, kernels
 
 _kernel = kernels("bnb_cuda_int8_linear")
@@ -67,17 +68,6 @@ def _quantise(A, threshold, with_columns):
     return codes, col_codes, stats, col_stats, None if found is None else found[: count.item()].clone()
 
 
-@_kernel("int8_vectorwise_quant")
-def int8_vectorwise_quant(A, threshold=0.0):
-    codes, _, stats, _, outlier_cols = _quantise(A, threshold, with_columns=False)
-    return codes, stats, outlier_cols
-
-
-@_kernel("int8_double_quant")
-def int8_double_quant(A, threshold=0.0):
-    return _quantise(A, threshold, with_columns=True)
-
-
 @_kernel("int8_vectorwise_dequant")
 def int8_vectorwise_dequant(A, stats):
     A, stats = A.contiguous(), stats.contiguous()
@@ -113,16 +103,6 @@ def _matmul_into(out, A, B, kernel=AUTO):
     return out
 
 
-@_kernel("int8_linear_matmul")
-def int8_linear_matmul(A, B):
-    return _matmul_into(A.new_empty((*A.shape[:-1], B.shape[0]), dtype=torch.int32), A, B)
-
-
-@_kernel("int8_linear_matmul.out")
-def int8_linear_matmul_out(A, B, out):
-    written(out, lambda buffer: _matmul_into(buffer, A, B))
-
-
 @_kernel("int8_mm_dequant")
 def int8_mm_dequant(A, row_stats, col_stats, dtype=None, bias=None):
     A, row_stats, col_stats = A.contiguous(), row_stats.contiguous(), col_stats.contiguous()
@@ -149,20 +129,9 @@ def scaled_product(CA, CB, SCA, SCB, bias, dtype, A=None, outlier_cols=None, ker
     return out
 
 
-@_kernel("int8_scaled_mm")
-def int8_scaled_mm(A, B, row_stats, col_stats, bias=None, dtype=None):
-    return scaled_product(A, B, row_stats, col_stats, bias, dtype or torch.float16)
-
-
-@_kernel("int8_mixed_scaled_mm")
-def int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):
-    if outlier_cols is None:
-        return scaled_product(CA, CB, SCA, SCB, bias, A.dtype), A.new_empty(0)
-    A = A.contiguous()
-    K = A.shape[-1]
-    outliers = A.view(A.shape[:-1].numel(), K)[:, outlier_cols]
-    columns = torch.where(outlier_cols < 0, outlier_cols + K, outlier_cols).to(torch.int64)
-    return scaled_product(CA, CB, SCA, SCB, bias, A.dtype, A, columns), outliers
+int8_vectorwise_quant, int8_double_quant, int8_linear_matmul, int8_linear_matmul_out, int8_scaled_mm, int8_mixed_scaled_mm = operators(
+    _kernel, _quantise, _matmul_into, scaled_product
+)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- layer
