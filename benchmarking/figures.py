@@ -1,8 +1,9 @@
 """The figures of the documentation, and the numbers behind them.
 
-    python benchmarking/figures.py     writes benchmarking/results/quantisation-error.json and docs/source/images/*.svg
+    python benchmarking/figures.py                        writes benchmarking/results/quantisation-error.json and docs/source/images/*.svg
+    python benchmarking/figures.py RUN.json               writes RUN.png: how many times faster than the published wheel each case was
 
-The figure of speeds is drawn from a recorded run of ``cpu_benchmark.py``.
+The figure of speeds in the documentation is drawn from a recorded run of ``cpu_benchmark.py`` as well.
 
 The error of a format is the root mean square of (dequantised - x) over that of x, for values x that are spread like a normal distribution:
 its quantiles in a fixed order, so that every machine has the same.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 import re
+import sys
 
 import torch
 
@@ -134,7 +136,32 @@ def draw_speeds(cases: list[dict]) -> None:
     save(axes, "cpu_speed.svg")
 
 
+def draw_speedups(run: Path) -> Path:
+    """Every case of a run that the published wheel has too, as a bar from 1: to the right where this library is faster."""
+    cases = [case for case in json.loads(run.read_text())["cases"] if case.get("speedup")]
+    axes = new_figure(8, 0.8 + 0.2 * len(cases))
+    speedups = [case["speedup"] for case in cases]
+    bars = axes.barh([case["case"] for case in cases], [speedup - 1 for speedup in speedups], left=1, height=0.7)
+    for bar, speedup in zip(bars, speedups):
+        bar.set_color(COLOURS["NF4"] if speedup >= 1 else COLOURS["FP4"])
+        axes.annotate(f"{speedup:.2g}" if speedup < 10 else f"{speedup:.0f}", (max(speedup, 1), bar.get_y() + 0.35), (4, 0),
+                      textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    axes.set(xscale="log", xlabel="times as fast as the published wheel", xticks=[0.5, 1, 2, 5, 10, 20, 50, 100])
+    axes.set(xticklabels=["0.5", "1", "2", "5", "10", "20", "50", "100"], xlim=(0.5, 2 * max(speedups)), ylim=(len(cases) - 0.4, -0.6))
+    axes.minorticks_off()
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#e4e8ec")
+    axes.set_axisbelow(True)
+    target = run.with_suffix(".png")
+    axes.figure.savefig(target, dpi=110, metadata={"Software": None})
+    return target
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        print(draw_speedups(Path(sys.argv[1])))
+        return
     errors = quantisation_errors()
     record = {
         "what": "root mean square error over that of the values, normal distribution",

@@ -223,6 +223,23 @@ def test_every_public_name_is_in_the_reference():
     assert public_names() - {f"bitsandbytes.{name}" for name in NOT_FOR_USERS} - documented().keys() == set()
 
 
+def test_every_public_constant_is_in_the_reference():
+    """Data that programs may read; functions and classes have entries of their own."""
+    spans = {span for path in PAGES.values() for span in CODE_SPAN.findall(path.read_text())}
+    constants = [f"{module.__name__}.{name}" for module in (bnb, bnb.functional, bnb.utils) for name in vars(module) if _is_constant(module, name)]
+    assert [name for name in constants if name not in spans and name not in INTERNAL_CONSTANTS] == []
+
+
+INTERNAL_CONSTANTS = {
+    f"bitsandbytes.functional.{name}" for name in ("BLOCKSIZES_4BIT", "DEFAULT_BLOCKSIZE_4BIT", "FLOATS", "NESTED_BLOCKSIZE", "QUANT_TYPES_4BIT")
+}
+
+
+def _is_constant(module, name: str) -> bool:
+    found = getattr(module, name)
+    return not name.startswith("_") and not callable(found) and not inspect.ismodule(found)
+
+
 def test_every_operator_is_in_the_reference_with_its_schema():
     page = SOURCE / "reference" / "operators.mdx"
     assert set(_ops._CHECKS) - set(CODE_SPAN.findall(page.read_text())) == set()
@@ -297,6 +314,24 @@ def test_times_in_the_readme_are_those_of_the_recorded_run():
     claimed = re.findall(r"\| ([\d.]+) ms", (ROOT / "README.md").read_text())
     assert len(claimed) > 30
     assert [time for time in claimed if not any(_rounds_to(measured, time) for measured in recorded)] == []
+
+
+def test_models_in_the_readme_are_those_of_the_recorded_run():
+    """Size, perplexity and speed of each format."""
+    results = json.loads((ROOT / "benchmarking" / "results" / "inference-cpu-zen5-2-cores.json").read_text())["results"]
+    recorded = {(r["bytes"] / 1e6, r["perplexity"], r["tokens_per_second"]) for r in results.values()}
+    claimed = re.findall(r"\| (\d+) MB \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text())
+    assert len(claimed) >= 8
+    for row in claimed:
+        assert any(all(f"{value:.{len(text.partition('.')[2])}f}" == text for value, text in zip(run, row)) for run in recorded), row
+
+
+def test_losses_in_the_readme_are_those_of_the_recorded_run():
+    runs = json.loads((ROOT / "benchmarking" / "results" / "training-curves.json").read_text())["runs"]
+    readme = (ROOT / "README.md").read_text()
+    for name in ("torch.optim.AdamW", "bitsandbytes AdamW8bit"):
+        last, size = runs[name]["losses"][-10:], runs[name]["state_bytes"]
+        assert f"{sum(last) / len(last):.4f}" in readme and f" {size / 1e6:.0f}" in readme, name
 
 
 def _rounds_to(value: float, text: str) -> bool:
