@@ -88,6 +88,9 @@ def test_json_has_the_keys_that_are_documented():
     found = facts_of()
     documented = re.findall(r"^``(\w+)``  ", facts.__doc__, re.MULTILINE)
     assert list(found) == documented
+    page = (ROOT / "docs" / "source" / "reference" / "diagnostics.mdx").read_text()
+    inner = [name for key in ("environment", "library", "instruction_sets", "threads") for name in found[key]]
+    assert [name for name in [*documented, *inner] if f"`{name}`" not in page or f"``{name}``" not in facts.__doc__] == []
     assert found["schema"] == 1 and found["version"] == bitsandbytes.__version__
     for row in found["operators"]:
         assert list(row) == ["operator", "device", "backend", "instruction_set", "check", "detail"]
