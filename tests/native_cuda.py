@@ -16,12 +16,15 @@ With BNB_TEST_DEVICE=cuda the same tests run on a GPU with the package's own lib
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import os
 from pathlib import Path
 import shutil
 import subprocess
+from types import SimpleNamespace
 
+from helpers import here  # noqa: F401
 import pytest
 import torch
 
@@ -99,9 +102,17 @@ class GPULibrary:
             pytest.skip(f"this GPU is not of capability {capability}")
 
 
-def here(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the device that new tensors are on."""
-    return tensor.to(torch.get_default_device())
+@pytest.fixture
+def no_streams(monkeypatch):
+    """Without a GPU torch has no streams. The emulation is through with its work when a call returns, so they need not do anything."""
+    if ON_GPU:
+        return
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 @pytest.fixture
@@ -123,9 +134,7 @@ def emulated_library():
 def cuda_once(emulated_library):
     """The emulated library, also behind the functions of the backend."""
     if ON_GPU:
-        torch.set_default_device("cuda")
         yield emulated_library
-        torch.set_default_device(None)
         return
     emulated_library.be()
     native.use_library(emulated_library, lambda tensor: EmulatedLibrary.where)

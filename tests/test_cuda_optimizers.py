@@ -6,7 +6,7 @@ Parameters, moments, codes and their statistics are compared bit for bit. Only t
 import ctypes as ct
 
 from native_cpu import assert_same_floats, at_page_edge
-from native_cuda import cuda, cuda_once, emulated_library  # noqa: F401
+from native_cuda import cuda, cuda_once, emulated_library, no_streams  # noqa: F401
 import numpy as np
 from optimizer_cases import EXTREMES, FLOATS, SCALARS, SIGNED, UNSIGNED, Case, assert_same, make_case, variants
 import pytest
@@ -451,10 +451,9 @@ def test_published_c_functions_do_nothing_without_elements(cuda_once):
             assert torch.equal(tensors[0], call.p)
 
 
-def test_paged_tensors(cuda_once, monkeypatch):
+def test_paged_tensors(cuda_once, no_streams, monkeypatch):
     """Of the package, with the functions of this library."""
     monkeypatch.setattr(paging, "lib", CudaBNBNativeLibrary(cuda_once._lib))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     case = make_case("adam", {}, [5000], 8)
     expected = case.stepped_by(reference.optimizer_step)
     for i, moment in enumerate(case.moments):
@@ -464,6 +463,7 @@ def test_paged_tensors(cuda_once, monkeypatch):
         case.moments[i].copy_(moment)
         paging.prefetch_tensor(case.moments[i])
     native.optimizer_step(case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm, **case.settings)
+    paging.wait_for_pages(case.moments)
     assert_same(case, expected)
     a, b = (paging.get_paged(3, 1000) for _ in range(2))
     paging.fill(a, 3.0)
@@ -485,5 +485,9 @@ def test_published_functions_on_managed_memory(cuda_once):
     assert list(floats) == [i / 2 for i in range(1000)]
     cuda_once.cfill_uint8(ct.c_void_p(codes), none, ct.c_uint8(200), n)
     assert list(bytes_) == [200] * 1000
+    for to in (0, -1):
+        assert cuda_once.bnb_cuda_prefetch_managed(ct.c_void_p(a), ct.c_int64(4000), ct.c_int32(to), ct.c_int32(cuda_once.where[0]), None) == 0
+    for pointer, size in ((None, 4000), (ct.c_void_p(a), -1)):
+        assert cuda_once.bnb_cuda_prefetch_managed(pointer, ct.c_int64(size), ct.c_int32(0), ct.c_int32(cuda_once.where[0]), None) == 1
     for address in (a, b, codes):
         assert cuda_once.bnb_cuda_free_managed(ct.c_void_p(address)) == 0

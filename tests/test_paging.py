@@ -1,6 +1,7 @@
 """Paged memory and what native calls need to know of a tensor, with a library made of host memory in place of a GPU's."""
 
 import contextlib
+import copy
 import ctypes
 from types import SimpleNamespace
 
@@ -10,13 +11,17 @@ import torch
 from bitsandbytes import devices, optim, paging
 from bitsandbytes import functional as F
 
+STREAMS = {1: "current", 2: "default", 3: "pages"}
+
 
 class HostLibrary(dict):
-    """The functions of a GPU build, on host memory; records the calls of ``cprefetch``."""
+    """The functions of a GPU build, on host memory; records what is prefetched, and to where."""
 
     def __init__(self):
         super().__init__(cfill_fp32=self.fill(ctypes.c_float), cfill_uint8=self.fill(ctypes.c_uint8), c_mul_fp32=self.mul)
-        self.buffers, self.prefetched, self.freed = [], [], []
+        self.buffers, self.prefetched, self.freed, self.events = [], [], [], []
+
+    is_capturing = False
 
     def cget_managed_ptr(self, size):
         self.buffers.append(ctypes.create_string_buffer(size.value))
@@ -25,8 +30,9 @@ class HostLibrary(dict):
     def bnb_cuda_free_managed(self, address):
         self.freed.append(address.value)
 
-    def cprefetch(self, address, size, device):
-        self.prefetched.append((address.value, size.value, device.value))
+    def bnb_cuda_prefetch_managed(self, address, size, to, device, stream):
+        self.prefetched.append((address.value, size.value, to.value))
+        self.events.append(f"{STREAMS[stream.value]}: page to {to.value}")
 
     @staticmethod
     def fill(c_type):
@@ -42,11 +48,34 @@ class HostLibrary(dict):
         a[:] = [x * y for x, y in zip(a, b)]
 
 
+class Stream:
+    """A stream that writes down what it is told."""
+
+    def __init__(self, cuda_stream: int, events: list):
+        self.cuda_stream, self.name, self.events = cuda_stream, STREAMS[cuda_stream], events
+
+    def wait_stream(self, other):
+        self.events.append(f"{self.name}: wait for {other.name}")
+
+    def record_event(self):
+        self.events.append(f"{self.name}: record")
+        return f"{self.name}'s event {len(self.events)}"
+
+    def wait_event(self, event):
+        self.events.append(f"{self.name}: wait for {event}")
+
+
 @pytest.fixture
 def library(monkeypatch):
     host = HostLibrary()
+    current, default, pages = (Stream(number, host.events) for number in STREAMS)
     monkeypatch.setattr(paging, "lib", host)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(paging, "_stream_for_pages", lambda device: pages)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: host.is_capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: host.events.append(f"host: wait for {device}"))
     return host
 
 
@@ -75,7 +104,7 @@ def test_native_functions_work_on_the_device_of_the_tensor(library, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: current.append(f"waited for {index}"))
     tensor = F.get_paged(4, device=torch.device("cuda", 1))
-    F.fill(tensor, 3.0)
+    F.fill(tensor, 3.0, prefetch=False)
     assert tensor.tolist() == [3.0] * 4
     assert current == [1, "before", 1, "before", "waited for 1"]
 
@@ -230,15 +259,92 @@ def test_states_are_paged_after_loading_too(library, saved):
         assert torch.equal(optimizer.state[p][key], saved["state"][0]["__bnb_optimizer_quant_state__"][key])
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers")
-@pytest.mark.parametrize("cls, expected", [(optim.AdamW8bit, 0), (optim.PagedAdamW8bit, 2)])
-def test_the_device_is_waited_for_once_a_step_and_only_when_paged(monkeypatch, cls, expected):
-    waits = []
-    monkeypatch.setattr(optim.optimizer, "sync_gpu", waits.append)
-    params = [torch.nn.Parameter(torch.ones(4096)) for _ in range(5)]
-    optimizer = cls(params)
-    for _ in range(2):
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-    assert len(waits) == expected
+@pytest.fixture
+def two_parameters(library, monkeypatch):
+    """Parameters off the CPU whose states are paged, made and not stepped yet; steps are written down instead of taken."""
+    params = [torch.nn.Parameter(torch.empty(100_000, device="meta")) for _ in range(2)]
+    optimizer = optim.PagedAdamW32bit(params)
+    for i, p in enumerate(params):
+        p.grad = torch.empty_like(p)
+        optimizer.init_state(optimizer.param_groups[0], p, 0, i)
+    names = {id(p): i for i, p in enumerate(params)}
+    stepped = lambda p, *arguments, **settings: library.events.append(f"step {[names[id(tensor)] for tensor in p]}")  # noqa: E731
+    monkeypatch.setattr(F, "optimizer_step", stepped)
+    library.events.clear()
+    return optimizer
+
+
+TO_GPU = ["pages: wait for current", "pages: page to 0", "pages: page to 0", "pages: record"]
+
+
+def test_pages_travel_while_the_parameters_before_are_stepped_and_no_earlier(library, two_parameters, monkeypatch):
+    monkeypatch.setattr(optim.batch, "PIECE_BYTES", 2 * 400_000)
+    two_parameters.step()
+    arrivals = ["current: wait for pages's event 4", "current: wait for pages's event 8"]
+    assert library.events == [*TO_GPU, *TO_GPU, arrivals[0], "step [0]", arrivals[1], "step [1]"]
+
+
+def test_small_states_travel_and_are_stepped_together(library, two_parameters):
+    two_parameters.step()
+    together = [TO_GPU[0], *["pages: page to 0"] * 4, TO_GPU[-1]]
+    assert library.events == [*together, "current: wait for pages's event 6", "step [0, 1]"]
+
+
+def test_a_step_in_a_graph_moves_no_pages(library, two_parameters):
+    library.is_capturing = True
+    two_parameters.step()
+    two_parameters.prefetch_state(two_parameters.param_groups[0]["params"][0])
+    assert library.events == ["step [0, 1]"]
+
+
+def test_the_host_waits_where_it_touches_paged_states_and_nowhere_else(library, two_parameters):
+    two_parameters.step()
+    assert not any(event.startswith("host") for event in library.events)
+    other = optim.PagedAdamW32bit([torch.nn.Parameter(torch.empty(100_000, device="meta")) for _ in range(2)])
+    saved = two_parameters.state_dict()
+    assert library.events[-1] == "host: wait for 0"
+    for touch in (two_parameters.state_dict, lambda: copy.deepcopy(two_parameters), lambda: other.load_state_dict(saved, move_to_device=False)):
+        library.events.clear()
+        touch()
+        assert library.events[0] == "host: wait for 0"
+    library.events.clear()
+    optim.AdamW8bit([torch.nn.Parameter(torch.ones(4096))]).state_dict()
+    assert library.events == []
+
+
+def test_a_copied_optimizer_has_pages_of_its_own(library, two_parameters):
+    p = two_parameters.param_groups[0]["params"][0]
+    two_parameters.state[p]["state1"][:3] = torch.tensor([1.0, 2, 3])
+    copied = copy.deepcopy(two_parameters)
+    state = copied.state[copied.param_groups[0]["params"][0]]
+    for key in ("state1", "state2"):
+        assert state[key].is_paged and torch.equal(state[key], two_parameters.state[p][key])
+        assert state[key].data_ptr() in map(ctypes.addressof, library.buffers)
+        assert state[key].data_ptr() != two_parameters.state[p][key].data_ptr()
+
+
+def test_states_that_moved_to_the_cpu_are_ordinary_again(library, two_parameters):
+    state = {**two_parameters.__getstate__(), "state": {torch.nn.Parameter(torch.ones(100_000)): dict(two_parameters.state.popitem()[1])}}
+    two_parameters.__setstate__(state)
+    assert not any(paging.is_paged(value) for values in two_parameters.state.values() for value in values.values())
+
+
+def test_new_states_are_filled_without_waiting(library):
+    optimizer = optim.PagedAdamW8bit([p := torch.nn.Parameter(torch.empty(100_000, device="meta"))])
+    optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+    fill = ["current: page to 0", "default: wait for current", "current: wait for default"]
+    assert library.events == fill * 2
+
+
+def test_subclasses_that_prefetch_themselves_are_asked_to(library, monkeypatch):
+    asked = []
+
+    class Own(optim.PagedAdamW8bit):
+        def prefetch_state(self, p):
+            asked.append(p)
+
+    monkeypatch.setattr(F, "optimizer_step", lambda *arguments, **settings: None)
+    p = torch.nn.Parameter(torch.empty(100_000, device="meta"))
+    p.grad = torch.empty_like(p)
+    Own([p]).step()
+    assert len(asked) == 1 and asked[0] is p

@@ -1,16 +1,20 @@
 """Parameters that are stepped alike share one call of the operator."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .. import functional as F
-from ..paging import paged_rows
+from ..paging import is_paged, paged_rows, prefetched
 from .algorithms import Moment, moments_of, scalars
 from .sharding import is_dtensor, limited_learning_rate, local_gradient
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# Paged states of so many bytes are stepped at a time, while the next ones travel.
+PIECE_BYTES = 64 << 20
 
 
 @dataclass
@@ -53,6 +57,21 @@ class _Call:
     def run(self) -> None:
         F.optimizer_step(self.p, self.g, *self._tensors(), seeds=self.seeds, **self.settings)
 
+    def pages(self) -> list[torch.Tensor]:
+        """The moments that are paged."""
+        moments = [state[moment.keys[0]] for state in self.states for moment in self.kept]
+        return [moment for moment in moments if is_paged(moment)]
+
+    def pieces(self) -> Iterator["_Call"]:
+        """The same in calls of about ``PIECE_BYTES`` of paged moments."""
+        begin = size = 0
+        for end, state in enumerate(self.states, start=1):
+            size += sum(state[moment.keys[0]].nbytes for moment in self.kept if is_paged(state[moment.keys[0]]))
+            if size >= PIECE_BYTES or end == len(self.states):
+                part = slice(begin, end)
+                yield replace(self, p=self.p[part], g=self.g[part], states=self.states[part], seeds=self.seeds[part])
+                begin, size = end, 0
+
     def norm_of_update(self) -> torch.Tensor:
         """The norm of the first parameter's update, which is made on copies and thrown away."""
         moments, absmax, qmaps, unorm = self._tensors()
@@ -70,10 +89,12 @@ class Batch:
 
     Args:
         algorithm: name of the algorithm.
+        is_paged: whether moments may be paged.
     """
 
-    def __init__(self, algorithm: str):
+    def __init__(self, algorithm: str, is_paged: bool = False):
         self.algorithm = algorithm
+        self.is_paged = is_paged
         self.calls: dict[tuple, _Call] = {}
         self._kept: dict[int, tuple[Moment, ...]] = {}
 
@@ -119,5 +140,8 @@ class Batch:
             call.limited = False
 
     def run(self) -> None:
-        for call in self.calls.values():
+        calls = self.calls.values()
+        if self.is_paged:
+            calls = prefetched([(piece, piece.pages()) for call in calls for piece in call.pieces()])
+        for call in calls:
             call.run()

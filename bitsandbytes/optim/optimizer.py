@@ -8,7 +8,7 @@ import torch
 
 from .. import functional as F
 from .._ops import OPTIMIZER_BLOCKSIZE, blocks
-from ..utils import sync_gpu
+from ..paging import start_filling
 from .algorithms import STATE_KEYS, Moment, moments_of
 from .batch import Batch
 from .constructors import accepts_removed_arguments
@@ -147,8 +147,12 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
                 self._warned_unpaged = True
                 warnings.warn("Paged optimizers use ordinary memory for parameters on the CPU.", stacklevel=2)
             return torch.zeros(shape, dtype=dtype)
+        buffer = self._pages(p, shape, dtype)
+        start_filling(buffer, 0)
+        return buffer
+
+    def _pages(self, p: torch.Tensor, shape, dtype: torch.dtype) -> torch.Tensor:
         buffer = F.get_paged(*shape, dtype=dtype, device=p.device)
-        F.fill(buffer, 0)
         self.page_mng.paged_tensors.append(buffer)
         return buffer
 
@@ -186,14 +190,14 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         start = config["initial_accumulator_value"] if self.optimizer_name == "adagrad" else 0.0
         if not in_8bit:
             if start:
-                state[key].fill_(start)
+                start_filling(state[key], start)
             return
         state[qmap_key] = self._qmap(moment.signed, part.device)
         count = blocks(part.numel(), OPTIMIZER_BLOCKSIZE)
         shape = (count,) if moment.rows == 1 else (moment.rows, count)
         state[absmax_key] = torch.full(shape, float(start), dtype=torch.float32, device=part.device)
         if start:
-            state[key].fill_(255)  # the code of 1
+            start_filling(state[key], 255)  # the code of 1
 
     # --------------------------------------------------------------------------------------------------------------------- step
 
@@ -219,25 +223,22 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         if self._overrides_version != self.mng.version:
             self.check_overrides()
         configs = [self._config(group, None) for group in self.param_groups]
-        batched = all(getattr(type(self), name) is getattr(Optimizer8bit, name) for name in ("update_step", "get_config"))
-        batch, stepped = Batch(self.optimizer_name), None
+        batched = all(getattr(type(self), name) is getattr(Optimizer8bit, name) for name in ("update_step", "get_config", "prefetch_state"))
+        batch = Batch(self.optimizer_name, self.is_paged)
         for ordinal, (gindex, pindex, group, p) in enumerate(self._parameters()):
             if p.grad is None:
                 continue
-            stepped, state = p, self.state[p]
+            state = self.state[p]
             if not state:
                 self.init_state(group, p, gindex, pindex)
                 state = self.state[p]
-            if self.is_paged:
-                self.prefetch_state(p)
             if batched:
                 override = self._overrides.get(p) if self._overrides else None
                 self._add(batch, p, state, self._config(group, override) if override else configs[gindex], ordinal)
             else:
+                self.prefetch_state(p)
                 self.update_step(group, p, gindex, pindex)
         batch.run()
-        if self.is_paged and stepped is not None:
-            sync_gpu(local(stepped))
         return loss
 
     def _parameters(self):
@@ -269,7 +270,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
     def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
         """Steps one parameter that has a gradient and a state."""
         ordinal = sum(len(g["params"]) for g in self.param_groups[:gindex]) + pindex
-        batch = Batch(self.optimizer_name)
+        batch = Batch(self.optimizer_name, self.is_paged)
         with torch.no_grad():
             self._add(batch, p, self.state[p], self.get_config(gindex, pindex, group), ordinal)
             batch.run()

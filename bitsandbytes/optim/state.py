@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..paging import is_paged, wait_for_pages
 from .algorithms import MOMENTS, STATE_KEYS, Moment, betas_from_torch, moments_of
 from .sharding import (
     absmax_by_granules,
@@ -53,20 +54,30 @@ class CheckpointedState:
     # ------------------------------------------------------------------------------------------------------------ copy and pickle
 
     def __getstate__(self) -> dict[str, Any]:
+        self._wait_for_pages()
         torch_internals = ("_optimizer_", "_zero_grad_", "_warned_capturable", "_patched_")
         return {key: value for key, value in vars(self).items() if key not in _RUNTIME_ATTRIBUTES and not key.startswith(torch_internals)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._attach()
+        for p, values in self.state.items():
+            for key, value in values.items():
+                if is_paged(value):  # a copy only says so
+                    values[key] = self._paged_again(local(p), value.detach())
+
+    def _wait_for_pages(self) -> None:
+        if self.is_paged:
+            wait_for_pages([value for values in self.state.values() for value in values.values()])
 
     # ---------------------------------------------------------------------------------------------------------------------- save
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the settings of the groups, as torch.optim has them.
 
-        Tensors are not copied. The state of sharded parameters is sharded.
+        Tensors are not copied. The state of sharded parameters is sharded. Waits for the kernels that still use paged states.
         """
+        self._wait_for_pages()
         distributed = _asked_by_torch_distributed()
         saved = super().state_dict()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -185,7 +196,7 @@ class CheckpointedState:
 
     def _paged_again(self, part: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """A moment in managed memory, if that is where a new one would be."""
-        return value if part.is_cpu or not self._is_paged(part) else self._zeros(part, value.shape, value.dtype).copy_(value)
+        return value if part.is_cpu or not self._is_paged(part) else self._pages(part, value.shape, value.dtype).copy_(value)
 
     def _rename_from_torch(self, saved: dict[str, Any]) -> bool:
         """Gives the moments of a torch.optim state our names. Returns whether there were any."""
@@ -283,6 +294,7 @@ def _placed(value, p: torch.Tensor, own: bool, move_to_device: bool):
     Containers are searched. Integers and 8-bit codes are never cast.
     """
     if isinstance(value, torch.Tensor):
+        wait_for_pages([value])
         castable = value.is_floating_point() and p.is_floating_point() and not own
         return value.to(device=p.device if move_to_device else value.device, dtype=p.dtype if castable else value.dtype, copy=True)
     if isinstance(value, dict):

@@ -52,4 +52,11 @@ int32_t bnb_cuda_optimizer_step(const OptimizerTensors* tensors, const Optimizer
     return on_device(device, settings->qmaps[0] != nullptr ? launch_optimizer_step_8bit : launch_optimizer_step_32bit, job, stream);
 }
 
+int32_t bnb_cuda_prefetch_managed(void* p, int64_t bytes, int32_t to, int32_t device, void* stream) {
+    if (!is_count(bytes) || (p == nullptr && bytes > 0))
+        return kBadArgument;
+    const DeviceGuard guard(device);
+    return guard.status() != kOk || bytes == 0 ? guard.status() : prefetch_managed(p, size_t(bytes), to, stream);
+}
+
 int32_t bnb_cuda_free_managed(void* p) { return free_managed(p); }

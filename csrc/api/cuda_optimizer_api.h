@@ -14,5 +14,8 @@ BNB_API int32_t bnb_cuda_optimizer_step(const bnb::OptimizerTensors* tensors, co
                                         int64_t workspace_bytes, int32_t device, void* stream);
 BNB_API int64_t bnb_cuda_optimizer_workspace(const bnb::OptimizerTensors* tensors);
 
+// Starts moving managed memory to the GPU `to`, or to the host if it is negative. Does nothing where pages cannot move on their own.
+BNB_API int32_t bnb_cuda_prefetch_managed(void* p, int64_t bytes, int32_t to, int32_t device, void* stream);
+
 // Gives back what cget_managed_ptr returned.
 BNB_API int32_t bnb_cuda_free_managed(void* p);
