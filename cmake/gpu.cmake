@@ -82,30 +82,36 @@ include(CheckLanguage)
 
 # --------------------------------------------------------------------------------------------------------------------------- HIP
 if(COMPUTE_BACKEND STREQUAL "hip")
-    check_language(HIP)
-    if(NOT CMAKE_HIP_COMPILER)
-        message(FATAL_ERROR "COMPUTE_BACKEND=hip: CMAKE_HIP_COMPILER, the compiler of ROCm, was not found. Install ROCm, or set HIPCXX to the path of its clang++.")
+    find_program(BNB_HIPCONFIG hipconfig HINTS ENV ROCM_PATH /opt/rocm PATH_SUFFIXES bin)
+    if(NOT BNB_HIPCONFIG)
+        message(FATAL_ERROR "COMPUTE_BACKEND=hip: hipconfig, which comes with CMAKE_HIP_COMPILER, the compiler of ROCm, was not found. Install ROCm, or set "
+                            "ROCM_PATH to where it is.")
     endif()
-    enable_language(HIP)
-    find_package(hip REQUIRED)
+    set(ENV{HIP_PLATFORM} amd) # unset, hipconfig names NVIDIA where it sees nvcc
     if(NOT ROCM_VERSION)
-        string(REGEX MATCH "^[0-9]+\\.[0-9]+" ROCM_VERSION "${hip_VERSION}")
-        string(REPLACE "." "" ROCM_VERSION "${ROCM_VERSION}")
+        execute_process(COMMAND ${BNB_HIPCONFIG} --version OUTPUT_VARIABLE ROCM_VERSION)
+        string(REGEX REPLACE "^([0-9]+)\\.([0-9]+).*" "\\1\\2" ROCM_VERSION "${ROCM_VERSION}")
     endif()
     set(BNB_DEFAULT_ROCM_ARCH gfx90a gfx942 gfx1100 gfx1101 gfx1102 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153 gfx1200 gfx1201)
     if(AMDGPU_TARGETS)
         set(BNB_DEFAULT_ROCM_ARCH ${AMDGPU_TARGETS})
     endif()
     set(BNB_ROCM_ARCH "${BNB_DEFAULT_ROCM_ARCH}" CACHE STRING "AMD architectures to build for")
+    set(CMAKE_HIP_ARCHITECTURES "${BNB_ROCM_ARCH}") # unset, CMake asks for the GPU of the machine, which need not have one
+    enable_language(HIP)
+    message(STATUS "ROCm ${ROCM_VERSION} for ${BNB_ROCM_ARCH}")
     # No tensor cores: the groups for them are left out.
     add_library(kernels_hip OBJECT ${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES})
     set_source_files_properties(${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES} PROPERTIES LANGUAGE HIP)
-    set_target_properties(kernels_hip PROPERTIES HIP_ARCHITECTURES "${BNB_ROCM_ARCH}" HIP_STANDARD 17 HIP_STANDARD_REQUIRED ON HIP_VISIBILITY_PRESET hidden)
-    target_compile_options(kernels_hip PRIVATE -ffp-contract=off)
-    target_link_libraries(bitsandbytes PRIVATE kernels_hip hip::host)
+    set_target_properties(kernels_hip PROPERTIES HIP_STANDARD 17 HIP_STANDARD_REQUIRED ON HIP_VISIBILITY_PRESET hidden)
+    # Loops that clang does not unroll although it is told to are no reason to warn.
+    target_compile_options(kernels_hip PRIVATE -ffp-contract=off -Wall -Wextra -Wno-pass-failed)
+    target_link_libraries(bitsandbytes PRIVATE kernels_hip)
     target_compile_definitions(kernels_hip PRIVATE BNB_HAS_EXACT=1 BNB_HAS_GENERIC=1)
     target_compile_definitions(bitsandbytes PRIVATE BNB_HAS_EXACT=1 BNB_HAS_GENERIC=1)
-    set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_rocm${ROCM_VERSION})
+    # The runtime is the one that PyTorch has loaded: no path to another.
+    set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_rocm${ROCM_VERSION} LINKER_LANGUAGE HIP HIP_ARCHITECTURES "${BNB_ROCM_ARCH}"
+                          SKIP_BUILD_RPATH ON)
     return()
 endif()
 

@@ -85,7 +85,7 @@ struct FP4Coder {
     }
     __device__ __forceinline__ int code(float v) const {
         const int rank = count_below(table, magnitude(v));
-        return kCodesOfRanks >> 4 * rank & 15 | (v < 0.0f && rank != 0 ? 8 : 0);
+        return (kCodesOfRanks >> 4 * rank & 15) | (v < 0.0f && rank != 0 ? 8 : 0);
     }
     __device__ __forceinline__ int any_code(float v) const { return v == v ? code(v) : kNaNCode; }
 };

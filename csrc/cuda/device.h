@@ -12,6 +12,10 @@
 // Tensor-core instructions are listed where they stand, in platform_cuda.h.
 #pragma once
 
+#if defined(__HIPCC__) // what nvcc knows by itself, such as __device__
+#include <hip/hip_runtime.h>
+#endif
+
 #include "kernels.h"
 
 #include "../common/status.h"

@@ -75,7 +75,7 @@ template <typename T> __global__ void __launch_bounds__(kBackwardThreads)
 
 int32_t launch_int8_backward_simple(const Int8BackwardArgs& args, Stream stream) {
     const int64_t column_tiles = divide_up(args.K, kColumns), tiles = column_tiles * divide_up(args.M, kTokens);
-    constexpr int64_t kMostBlocks = 1 << 30;
+    constexpr int64_t kMostBlocks = 1 << 22; // AMD's launch fewer than 2^32 threads
     const unsigned blocks = unsigned(tiles < kMostBlocks ? tiles : kMostBlocks);
     return with_element_type(args.dtype, [&](auto* element) {
         return launch(multiply_simply<std::remove_pointer_t<decltype(element)>>, blocks, kBackwardThreads, 0, stream, args, column_tiles, tiles);

@@ -128,7 +128,7 @@ template <typename Sum, int kTokens> __global__ void __launch_bounds__(kThreads,
 
 template <typename Sum, int kTokens> int32_t run(const Int8ProductArgs& args, Stream stream) {
     const int64_t token_tiles = divide_up(args.M, kTokens), tiles = token_tiles * divide_up(args.N, kRows);
-    constexpr int64_t kMostBlocks = 1 << 30;
+    constexpr int64_t kMostBlocks = 1 << 22; // AMD's launch fewer than 2^32 threads
     const unsigned blocks = unsigned(tiles < kMostBlocks ? tiles : kMostBlocks);
     return launch(multiply_rows<Sum, kTokens>, blocks, kThreads, 0, stream, args, token_tiles, tiles);
 }

@@ -38,7 +38,7 @@ int32_t launch_int8_strided(const Int8StridedArgs& args, Stream stream) {
     const int64_t entries = args.rows * args.columns * args.batches;
     if (entries == 0)
         return kOk;
-    constexpr int64_t kMostBlocks = 1 << 24;
+    constexpr int64_t kMostBlocks = 1 << 22; // AMD's launch fewer than 2^32 threads
     const int64_t blocks = divide_up(entries, kThreads);
     return launch(multiply_strided, unsigned(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream, args);
 }

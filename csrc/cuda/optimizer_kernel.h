@@ -407,6 +407,8 @@ template <int kMoments, bool in_8bit> __device__ __forceinline__ bool can_move_f
 template <int kMoments, bool in_8bit> constexpr int kThreads = !in_8bit ? 128 : kMoments == 1 ? 768 : kMoments == 2 ? 640 : 512;
 template <int kMoments, bool in_8bit> constexpr int kBlocksPerMultiprocessor = in_8bit ? 1 : kMoments < 3 ? 5 : 4;
 
+namespace {
+
 template <typename Algorithm, bool in_8bit, bool measures>
 __global__ void __launch_bounds__((kThreads<Algorithm::kMoments, in_8bit>), (kBlocksPerMultiprocessor<Algorithm::kMoments, in_8bit>))
     step_kernel(const __grid_constant__ StepTable<Algorithm::kMoments, in_8bit> table) {
@@ -472,5 +474,6 @@ template <int kMoments, bool in_8bit> __global__ void limit_kernel(const __grid_
     args.scales[blockIdx.x] = limited.scale;
 }
 
+} // namespace
 } // namespace BNB_ISA
 } // namespace bnb

@@ -8,36 +8,62 @@
 #include <tuple>
 #include <utility>
 
-// Warps of AMD run in step and have no masks.
-#define __shfl_sync(mask, ...) __shfl(__VA_ARGS__)
-#define __shfl_xor_sync(mask, ...) __shfl_xor(__VA_ARGS__)
-#define __shfl_down_sync(mask, ...) __shfl_down(__VA_ARGS__)
-#define __shfl_up_sync(mask, ...) __shfl_up(__VA_ARGS__)
-#define __ballot_sync(mask, vote) __ballot(vote)
-#define __any_sync(mask, vote) __any(vote)
-#define __all_sync(mask, vote) __all(vote)
-#define __syncwarp(...) __builtin_amdgcn_wave_barrier()
-
 #define __grid_constant__
+
+// The threads of a block; what a second argument asks for is not what it asks of nvcc.
+#undef __launch_bounds__
+#define __launch_bounds__(threads, ...) __attribute__((amdgpu_flat_work_group_size(1, threads)))
 
 namespace bnb {
 
-#if defined(__GFX9__) // the CDNA family
-constexpr int kWarpSize = 64;
-#else
-constexpr int kWarpSize = 32;
-#endif
-
 constexpr int kParameterBytes = 4096; // what the arguments of a kernel may take
+
+// ----------------------------------------------------------------------------------------------------------------------- warps
+// A warp is 32 lanes here as well, although the wavefronts of some GPUs have 64 and hold two: the host, which is compiled once for all of them, has to
+// know what it launches. Lanes of a warp run in step, so that masks say nothing.
+constexpr int kWarpSize = 32;
+
+template <typename T> __device__ __forceinline__ T __shfl_sync(uint32_t, T value, int lane, int width = kWarpSize) {
+    return __shfl(value, lane, width);
+}
+template <typename T> __device__ __forceinline__ T __shfl_xor_sync(uint32_t, T value, int lanes, int width = kWarpSize) {
+    return __shfl_xor(value, lanes, width);
+}
+template <typename T> __device__ __forceinline__ T __shfl_up_sync(uint32_t, T value, unsigned lanes, int width = kWarpSize) {
+    return __shfl_up(value, lanes, width);
+}
+template <typename T> __device__ __forceinline__ T __shfl_down_sync(uint32_t, T value, unsigned lanes, int width = kWarpSize) {
+    return __shfl_down(value, lanes, width);
+}
+
+// The warp's half of what the wavefront votes.
+__device__ __forceinline__ uint32_t __ballot_sync(uint32_t, bool vote) { return uint32_t(__ballot(vote) >> (__lane_id() & 32)); }
+__device__ __forceinline__ bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+__device__ __forceinline__ bool __all_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, !vote) == 0; }
+
+// What lanes have written is seen by the others of the wavefront.
+__device__ __forceinline__ void __syncwarp() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
 
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-        value = max(value, __shfl_xor(value, distance));
+        value = max(value, __shfl_xor(value, distance, kWarpSize));
     return value;
 }
 
 // The larger of each half.
 __device__ __forceinline__ uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
+
+// sum + a . b of four signed bytes each.
+__device__ __forceinline__ int __dp4a(int a, int b, int sum) {
+    char4 of_a, of_b;
+    memcpy(&of_a, &a, sizeof a);
+    memcpy(&of_b, &b, sizeof b);
+    return amd_mixed_dot(of_a, of_b, sum, false);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------- memory
 template <typename T> __device__ __forceinline__ T& shared_variable() {
