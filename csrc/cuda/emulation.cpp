@@ -12,6 +12,12 @@
 #include <ucontext.h>
 #endif
 
+// Where a whole device is emulated (tests/standin), its memory is closed to all but its kernels.
+extern "C" {
+__attribute__((weak)) void standin_open();
+__attribute__((weak)) void standin_close();
+}
+
 namespace bnb {
 namespace emulation {
 namespace {
@@ -247,10 +253,14 @@ bool launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::funct
     machine.body = &thread;
     machine.count = int(threads);
     machine.dynamic_bytes = dynamic_shared_bytes;
+    if (standin_open != nullptr)
+        standin_open();
     for (unsigned int z = 0; z < grid.z; ++z)
         for (unsigned int y = 0; y < grid.y; ++y)
             for (unsigned int x = 0; x < grid.x; ++x)
                 run_block({x, y, z}, grid, block);
+    if (standin_close != nullptr)
+        standin_close();
     machine.running = nullptr;
     return true;
 }

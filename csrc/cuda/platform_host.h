@@ -330,8 +330,14 @@ inline void mma_m16n8k32_s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint
 constexpr bool kIsEmulated = true;
 constexpr int32_t kRuntimeVersion = 0;
 
-inline int32_t get_device(int& device) { return device = 0, int32_t(kOk); }
-inline int32_t set_device(int device) { return device == 0 ? int32_t(kOk) : report_device_error("the emulation has one device, number 0"); }
+inline thread_local int current_device = 0;
+
+inline int32_t get_device(int& device) { return device = current_device, int32_t(kOk); }
+inline int32_t set_device(int device) {
+    if (device != 0 && device != 1)
+        return report_device_error("the emulation has two devices, number 0 and 1");
+    return current_device = device, int32_t(kOk);
+}
 inline DeviceProperties ask_device(int) { return {emulation::capability(), 4, emulation::shared_memory_limit()}; }
 inline int32_t architecture_of(const void*) { return emulation::architecture(); }
 
