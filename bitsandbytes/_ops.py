@@ -217,7 +217,7 @@ def _require_dtypes(op: str, name: str, tensors, allowed: Sequence[torch.dtype])
 
 
 def _require_sizes(op: str, name: str, tensors, sizes: list) -> None:
-    found = [tensor.numel() for tensor in tensors]
+    found = list(map(torch.Tensor.numel, tensors))
     if found != sizes:
         number, size, wanted = next((i, *pair) for i, pair in enumerate(zip(found, sizes)) if pair[0] != pair[1])
         _fail(f"{op}: {name} of parameter {number} must have {wanted} elements, got {size}")
@@ -776,7 +776,7 @@ def _check_optimizer_step(
 def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count):
     if not p:
         return
-    sizes = [parameter.numel() for parameter in p]
+    sizes = list(map(torch.Tensor.numel, p))
     _require_float(op, "p", p[0].dtype)
     _require_dtypes(op, "the parameters of one call", p, (p[0].dtype,))
     _require_dtypes(op, "g", g, FLOATS)
@@ -785,7 +785,7 @@ def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, co
     for i in range(count):
         _require_sizes(op, "moments", moments[i::count], sizes)
     if qmaps:
-        of_blocks = [blocks(n, OPTIMIZER_BLOCKSIZE) for n in sizes]
+        of_blocks = [-(-n // OPTIMIZER_BLOCKSIZE) for n in sizes]
         _require_dtypes(op, "absmax", absmax, (torch.float32,))
         for i in range(count):
             _require_sizes(op, "absmax", absmax[i::count], of_blocks)

@@ -419,3 +419,103 @@ def test_parameters_of_unusual_size(maker):
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert [p.shape for p in params] == [(), (0, 3), (1,)] and params[0] != 0
+
+
+# ------------------------------------------------------------------------------------------- what changes between two steps
+def moved(tensor):
+    tensor.data = tensor.data.clone()
+
+
+def replaced(state):
+    for key, value in state.items():
+        state[key] = value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def by_another_dict(optimizer, p):
+    optimizer.state[p] = dict(optimizer.state[p])
+    replaced(optimizer.state[p])
+
+
+# Each leaves every value as it is, and some of it in other memory.
+MOVES = {
+    "parameter": lambda optimizer, p: moved(p),
+    "parameter in another layout": lambda optimizer, p: setattr(p, "data", p.data.t().contiguous().t()),
+    "moments": lambda optimizer, p: [moved(optimizer.state[p][key]) for key in ("state1", "state2")],
+    "statistics": lambda optimizer, p: [moved(optimizer.state[p][key]) for key in ("absmax1", "absmax2")],
+    "entries of the state": lambda optimizer, p: replaced(optimizer.state[p]),
+    "state": by_another_dict,
+    "storage": lambda optimizer, p: [optimizer.state[p][key].share_memory_() for key in ("state1", "absmax2")],
+    "all by loading": lambda optimizer, p: optimizer.load_state_dict(deepcopy(optimizer.state_dict())),
+    "all by pickling": lambda optimizer, p: optimizer.__setstate__(deepcopy(optimizer.__getstate__(), {id(q): q for q in optimizer.state})),
+}  # fmt: skip
+
+
+@grid(move=MOVES)
+def test_a_step_finds_what_has_moved_since_the_last(move):
+    model, other = build(), build()
+    optimizer, plain = optim.AdamW8bit(model.parameters(), lr=1e-2), optim.AdamW8bit(other.parameters(), lr=1e-2)
+    train(model, optimizer, range(2))
+    train(other, plain, range(2))
+    MOVES[move](optimizer, next(model.parameters()))
+    train(model, optimizer, range(2, 4))
+    train(other, plain, range(2, 4))
+    assert_same_parameters(model, other)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert_same_bits(optimizer.state[p]["state1"], plain.state[q]["state1"])
+
+
+# Each keeps the first address of a tensor.
+MISFITS = {
+    "fewer codes": lambda state: setattr(state["state1"], "data", state["state1"].data[:10]),
+    "codes of another type": lambda state: setattr(state["state1"], "data", state["state1"].data.view(torch.int8)),
+    "less statistics": lambda state: setattr(state["absmax2"], "data", state["absmax2"].data[:3]),
+    "statistics of another type": lambda state: setattr(state["absmax2"], "data", state["absmax2"].data.view(torch.int32)),
+    "cut in place": lambda state: state["state2"].resize_(7),
+}
+
+
+@grid(misfit=MISFITS)
+def test_a_step_refuses_states_that_no_longer_fit(misfit):
+    model = build()
+    optimizer = optim.AdamW8bit(model.parameters())
+    train(model, optimizer, range(2))
+    p = next(model.parameters())
+    MISFITS[misfit](optimizer.state[p])
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"moments|absmax"):
+        train(model, optimizer, range(2, 3))
+    assert_same_bits(p.detach(), before)
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_a_step_takes_the_gradients_that_there_are():
+    """Frozen parameters, gradients that are missing, in other memory, and then sparse."""
+    model, other = build(), build()
+    optimizer, plain = optim.AdamW8bit(model.parameters()), [optim.AdamW8bit([q]) for q in other.parameters()]
+    train(model, optimizer, range(2))
+    for one in plain:
+        train(other, one, range(2))
+    for step, missing in enumerate((0, 2, 1), 2):
+        for i, (p, q) in enumerate(zip(model.parameters(), other.parameters())):
+            p.requires_grad_(i != missing)
+            p.grad = None if i == missing else bell(p.numel(), seed=step).view(p.shape)
+            q.grad = None if i == missing else p.grad.clone()
+        optimizer.step()
+        for one in plain:
+            one.step()
+    assert_same_parameters(model, other)
+    p = next(model.parameters())
+    p.requires_grad_().grad = torch.ones_like(p).to_sparse()
+    with pytest.raises(RuntimeError, match="dense"):
+        optimizer.step()
+
+
+def test_parameters_may_become_narrower_between_steps():
+    model = build()
+    optimizer = optim.AdamW8bit(model.parameters(), lr=0.1)
+    train(model, optimizer, range(2))
+    for p in model.parameters():
+        p.data, p.grad = p.data.bfloat16(), None
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, range(2, 3))
+    assert all(p.dtype == torch.bfloat16 and not torch.equal(p, old) for p, old in zip(model.parameters(), before))

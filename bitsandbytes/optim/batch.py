@@ -1,7 +1,10 @@
-"""Parameters that are stepped alike share one call of the operator."""
+"""Parameters that are stepped alike share one call of the operator.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+An optimizer may have thousands of small parameters. What must be known of each of them is therefore gathered column by column, one list at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,9 +12,9 @@ import torch
 from .. import functional as F
 from ..paging import is_paged, paged_rows, prefetched
 from .algorithms import Moment, moments_of, scalars
-from .sharding import is_dtensor, limited_learning_rate, local_gradient
+from .sharding import is_dtensor, limited_learning_rate, local, local_gradient
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 # Paged states of so many bytes are stepped at a time, while the next ones travel.
 PIECE_BYTES = 64 << 20
@@ -21,21 +24,13 @@ PIECE_BYTES = 64 << 20
 class _Call:
     """The arguments of one call of ``optimizer_step``; see its reference for what they are and in which order."""
 
-    config: dict[str, Any]
     kept: tuple[Moment, ...]
     settings: dict[str, Any]
     limited: bool  # by max_unorm
-    p: list = field(default_factory=list)
-    g: list = field(default_factory=list)
-    states: list = field(default_factory=list)
-    seeds: list = field(default_factory=list)
-
-    def add(self, p: torch.Tensor, g: torch.Tensor, state: dict[str, Any], ordinal: int) -> None:
-        self.p.append(p)
-        self.g.append(g)
-        self.states.append(state)
-        if self.config["stochastic_rounding"]:
-            self.seeds.append((self.config["seed"] + ordinal * 0x9E3779B1) & 0xFFFFFFFF)  # parameters must not round alike
+    p: list
+    g: list
+    states: list
+    seeds: Sequence[int] = ()
 
     def _of_each_moment(self, part: int) -> list[torch.Tensor]:
         """Values or statistics (0 or 1 in ``Moment.keys``) of every moment of every parameter."""
@@ -55,7 +50,11 @@ class _Call:
         return [self._of_each_moment(0), self._of_each_moment(1), qmaps, unorm]
 
     def run(self) -> None:
+        """Steps the parameters, and counts the step."""
         F.optimizer_step(self.p, self.g, *self._tensors(), seeds=self.seeds, **self.settings)
+        step = self.settings["step"]
+        for state in self.states:
+            state["step"] = step
 
     def pages(self) -> list[torch.Tensor]:
         """The moments that are paged."""
@@ -95,53 +94,66 @@ class Batch:
     def __init__(self, algorithm: str, is_paged: bool = False):
         self.algorithm = algorithm
         self.is_paged = is_paged
-        self.calls: dict[tuple, _Call] = {}
-        self._kept: dict[int, tuple[Moment, ...]] = {}
+        self.calls: list[_Call] = []
 
-    def moments(self, config: dict[str, Any]) -> tuple[Moment, ...]:
-        """The moments that parameters with these settings need."""
-        kept = self._kept.get(id(config))
-        if kept is None:
-            kept = self._kept[id(config)] = moments_of(self.algorithm, config)
-        return kept
-
-    def add(self, p: torch.Tensor, state: dict[str, Any], config: dict[str, Any], ordinal: int) -> None:
-        """Adds a parameter that has a gradient, and counts its step.
+    def add(self, params: list[torch.Tensor], states: list[dict[str, Any]], config: dict[str, Any], ordinals: Sequence[int]) -> None:
+        """Adds parameters that have gradients, and one configuration.
 
         Args:
-            state: its moments and what belongs to them.
-            config: its settings. Parameters share a call only if they share this very dictionary.
-            ordinal: its number among the parameters of the optimizer.
+            states: their step counts, moments and what belongs to them.
+            config: their settings.
+            ordinals: their numbers among the parameters of the optimizer.
 
         Raises:
-            RuntimeError: the gradient is sparse.
+            RuntimeError: a gradient is sparse.
         """
-        grad = p.grad
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"the optimizers of bitsandbytes need dense gradients, got one with layout {grad.layout} for a parameter of shape "
-                f"{tuple(p.shape)}. Make the layer's gradient dense (torch.nn.Embedding: sparse=False), or use torch.optim.SparseAdam for it."
-            )
-        step = state["step"] = int(state["step"]) + 1
-        part, sharded_norm = p, False
-        if type(p) not in _PLAIN and is_dtensor(p):
-            part, grad = p.to_local(), local_gradient(p)
-            sharded_norm = config["max_unorm"] > 0.0
-        elif type(grad) not in _PLAIN:
-            grad = local_gradient(p)
-        key = (id(config), step, id(state.get("qmap1")), part.dtype, part.device, id(p) if sharded_norm else None)
-        call = self.calls.get(key)
-        if call is None:
-            settings = scalars(self.algorithm, config, step)
-            call = self.calls[key] = _Call(config, self.moments(config), settings, config["max_unorm"] > 0.0)
-        call.add(part, grad, state, ordinal)
-        if sharded_norm:
-            call.settings.update(limited_learning_rate(p, call))
-            call.limited = False
+        kept, limited = moments_of(self.algorithm, config), config["max_unorm"] > 0.0
+        p, g = params, [parameter.grad for parameter in params]
+        _require_dense(p, g)
+        if not _PLAIN.issuperset(map(type, p)) or not _PLAIN.issuperset(map(type, g)):
+            p, g = [local(parameter) for parameter in params], [local_gradient(parameter) for parameter in params]
+        shared = _what_a_call_shares(p, states, kept)
+        if limited and p is not params:
+            shared.append([i if is_dtensor(parameter) else None for i, parameter in enumerate(params)])  # each has a norm over all processes
+        for rows in _alike(shared):
+            first = rows[0]
+            settings = scalars(self.algorithm, config, shared[0][first] + 1)
+            call = _Call(kept, settings, limited, *([column[i] for i in rows] for column in (p, g, states)))
+            if config["stochastic_rounding"]:
+                call.seeds = [(config["seed"] + ordinals[i] * 0x9E3779B1) & 0xFFFFFFFF for i in rows]  # parameters must not round alike
+            if limited and is_dtensor(params[first]):
+                settings.update(limited_learning_rate(params[first], call))
+                call.limited = False
+            self.calls.append(call)
 
     def run(self) -> None:
-        calls = self.calls.values()
+        calls = self.calls
         if self.is_paged:
             calls = prefetched([(piece, piece.pages()) for call in calls for piece in call.pieces()])
         for call in calls:
             call.run()
+
+
+def _require_dense(p: list[torch.Tensor], g: list[torch.Tensor]) -> None:
+    if {grad.layout for grad in g} != {torch.strided}:
+        parameter, grad = next((parameter, grad) for parameter, grad in zip(p, g) if grad.layout != torch.strided)
+        raise RuntimeError(
+            f"the optimizers of bitsandbytes need dense gradients, got one with layout {grad.layout} for a parameter of shape "
+            f"{tuple(parameter.shape)}. Make the layer's gradient dense (torch.nn.Embedding: sparse=False), or use torch.optim.SparseAdam for it."
+        )
+
+
+def _what_a_call_shares(p: list[torch.Tensor], states: list[dict[str, Any]], kept: tuple[Moment, ...]) -> list[list]:
+    """Of all parameters: the numbers of steps taken, devices, dtypes, and their code tables, by identity."""
+    columns = [[int(state["step"]) for state in states], [part.device for part in p], [part.dtype for part in p]]
+    return columns + [[id(state.get(moment.keys[2])) for state in states] for moment in kept]
+
+
+def _alike(columns: list[list]) -> list[Sequence[int]]:
+    """The numbers of the rows, those together that are equal in every column."""
+    if all(column.count(column[0]) == len(column) for column in columns):  # the usual case
+        return [range(len(columns[0]))]
+    kinds: dict[tuple, list[int]] = {}
+    for number, row in enumerate(zip(*columns)):
+        kinds.setdefault(row, []).append(number)
+    return list(kinds.values())

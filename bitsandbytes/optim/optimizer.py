@@ -1,6 +1,7 @@
 """The engine of all optimizers: settings, state, and one call of the operator for all parameters that are stepped alike."""
 
 from ast import literal_eval
+from collections.abc import Sequence
 from typing import Any, Optional
 import warnings
 
@@ -174,8 +175,11 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         self.state[p]["step"] = 0
         for moment in moments_of(self.optimizer_name, config):
             self._init_moment(p, moment, config, self._wants_8bit(p, config))
+        self._init_norm(p, config)
+
+    def _init_norm(self, p: torch.Tensor, config: dict[str, Any]) -> None:
         if config["max_unorm"] > 0.0:
-            self.state[p]["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
+            self.state[p].setdefault("unorm_vec", torch.zeros(1, dtype=torch.float32, device=p.device))
 
     def _wants_8bit(self, p: torch.Tensor, config: dict[str, Any]) -> bool:
         if config["optim_bits"] not in (8, 32):
@@ -222,38 +226,56 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
 
         if self._overrides_version != self.mng.version:
             self.check_overrides()
-        configs = [self._config(group, None) for group in self.param_groups]
         batched = all(getattr(type(self), name) is getattr(Optimizer8bit, name) for name in ("update_step", "get_config", "prefetch_state"))
-        batch = Batch(self.optimizer_name, self.is_paged)
-        for ordinal, (gindex, pindex, group, p) in enumerate(self._parameters()):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                self.init_state(group, p, gindex, pindex)
-                state = self.state[p]
+        batch, passed = Batch(self.optimizer_name, self.is_paged), 0
+        for gindex, group in enumerate(self.param_groups):
+            places = [pindex for pindex, p in enumerate(group["params"]) if p.grad is not None]
             if batched:
-                override = self._overrides.get(p) if self._overrides else None
-                self._add(batch, p, state, self._config(group, override) if override else configs[gindex], ordinal)
+                self._add_group(batch, gindex, places, passed)
             else:
-                self.prefetch_state(p)
-                self.update_step(group, p, gindex, pindex)
+                for pindex in places:
+                    self._states(gindex, [pindex])
+                    self.prefetch_state(group["params"][pindex])
+                    self.update_step(group, group["params"][pindex], gindex, pindex)
+            passed += len(group["params"])
         batch.run()
         return loss
 
-    def _parameters(self):
-        """Every parameter with its place: group index, index in the group, group, parameter."""
-        for gindex, group in enumerate(self.param_groups):
-            for pindex, p in enumerate(group["params"]):
-                yield gindex, pindex, group, p
+    def _states(self, gindex: int, places: list[int]) -> list[dict[str, Any]]:
+        """The states of some parameters of a group. Those they lack are made."""
+        group = self.param_groups[gindex]
+        states = [self.state[group["params"][pindex]] for pindex in places]
+        if all(states):
+            return states
+        for pindex, state in zip(places, states):
+            if not state:
+                self.init_state(group, group["params"][pindex], gindex, pindex)
+        return [self.state[group["params"][pindex]] for pindex in places]
 
-    def _add(self, batch: Batch, p: torch.Tensor, state: dict[str, Any], config: dict[str, Any], ordinal: int) -> None:
-        for moment in batch.moments(config):
-            if moment.keys[0] not in state:
+    def _add_group(self, batch: Batch, gindex: int, places: list[int], passed: int) -> None:
+        """Adds those parameters of a group that have gradients. ``passed``: how many parameters the groups before it have."""
+        group, states = self.param_groups[gindex], self._states(gindex, places)
+        params = [group["params"][pindex] for pindex in places]
+        for override, rows in self._by_override(params):
+            config = self._config(group, override)
+            self._add(batch, [params[i] for i in rows], [states[i] for i in rows], config, [passed + places[i] for i in rows])
+
+    def _by_override(self, params: list[torch.Tensor]) -> list[tuple[Optional[dict[str, Any]], Sequence[int]]]:
+        """Settings that parameters have of their own, with the numbers of those parameters; None with the numbers of all others."""
+        if not self._overrides:
+            return [(None, range(len(params)))] if params else []
+        own = [(self._overrides[p], [i]) for i, p in enumerate(params) if p in self._overrides]
+        others = [i for i, p in enumerate(params) if p not in self._overrides]
+        return [*own, (None, others)] if others else own
+
+    def _add(self, batch: Batch, params: list[torch.Tensor], states: list[dict], config: dict[str, Any], ordinals: Sequence[int]) -> None:
+        needed = {"step", *(moment.keys[0] for moment in moments_of(self.optimizer_name, config))}
+        if config["max_unorm"] > 0.0:
+            needed.add("unorm_vec")
+        if not all([key in state for key in needed for state in states]):
+            for p in params:
                 self._complete_state(p, config)
-        if config["max_unorm"] > 0.0 and "unorm_vec" not in state:
-            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
-        batch.add(p, state, config, ordinal)
+        batch.add(params, states, config, ordinals)
 
     def _complete_state(self, p: torch.Tensor, config: dict[str, Any]) -> None:
         """Makes the moments that a state lacks because a setting came later, such as amsgrad from a checkpoint of torch.optim."""
@@ -266,13 +288,14 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         for moment in moments_of(self.optimizer_name, config):
             if moment.keys[0] not in state:
                 self._init_moment(p, moment, config, state["state1"].dtype == torch.uint8)
+        self._init_norm(p, config)
 
     def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
         """Steps one parameter that has a gradient and a state."""
         ordinal = sum(len(g["params"]) for g in self.param_groups[:gindex]) + pindex
         batch = Batch(self.optimizer_name, self.is_paged)
         with torch.no_grad():
-            self._add(batch, p, self.state[p], self.get_config(gindex, pindex, group), ordinal)
+            self._add(batch, [p], [self.state[p]], self.get_config(gindex, pindex, group), [ordinal])
             batch.run()
 
 
