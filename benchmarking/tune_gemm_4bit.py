@@ -47,6 +47,7 @@ class Device(NamedTuple):
     dense_share: float  # of that rate, times what newer instructions add, which dense products reach
     shared_memory: int  # bytes
     launch: float = 2.5e-6
+    group_products: float = 0  # multiply-adds a cycle by products of warp groups; 0: it has none
 
 
 # Compute capability -> a representative. Products with float sums run at half the rate on consumer devices.
@@ -55,7 +56,7 @@ DEVICES = {
     80: Device(108, 1.4e9, 1.9e12, 1024, 0.8, 163 << 10),
     86: Device(82, 1.7e9, 0.90e12, 256, 0.8, 99 << 10),
     89: Device(128, 2.5e9, 1.0e12, 256, 0.8, 99 << 10),
-    90: Device(132, 1.75e9, 4.3e12, 1024, 1.6, 227 << 10),
+    90: Device(132, 1.75e9, 4.3e12, 1024, 1.97, 227 << 10, group_products=2048),
     100: Device(148, 1.8e9, 7.0e12, 1024, 3.0, 227 << 10),
     120: Device(170, 2.4e9, 1.7e12, 256, 0.8, 99 << 10),
 }
@@ -66,6 +67,7 @@ COSTS = {
     ("forward", "skinny", 8): (4.6, 1.4), ("forward", "skinny", 16): (3.8, 1.3), ("forward", "skinny", 32): (3.1, 1.25),
     ("forward", "tiled", 16): (4.3, 1.3), ("forward", "tiled", 32): (4.9, 1.5), ("forward", "tiled", 64): (5.7, 2.1),
     ("forward", "tiled", 128): (8.6, 3.5),
+    ("forward", "warpgroup", 64): (4.1, 2.4), ("forward", "warpgroup", 128): (3.6, 3.0), ("forward", "warpgroup", 256): (4.8, 4.8),
     ("backward", "tiled", 16): (4.7, 1.2), ("backward", "tiled", 32): (6.8, 1.3), ("backward", "tiled", 64): (12.1, 1.6),
 }  # fmt: skip
 SCHEDULED_LANES = 128
@@ -78,7 +80,14 @@ def plans(direction: str, M: int, sums: int) -> Iterator[Plan]:
         yield from (Plan(KERNELS["skinny"], tile, 1) for tile in (8, 16, 32))
     for tile in (16, 32, 64, 128) if direction == "forward" else (16, 32, 64):
         if tile == 16 or tile < 2 * M:
-            yield from (Plan(KERNELS["tiled"], tile, splits) for splits in SPLITS if splits == 1 or sums >= splits * MOST_SPLIT_COLUMNS)
+            yield from (Plan(KERNELS["tiled"], tile, splits) for splits in splits_of(sums))
+    for tile in (64, 128, 256) if direction == "forward" and M > 16 else ():
+        if tile == 64 or tile < 2 * M:
+            yield from (Plan(KERNELS["warpgroup"], tile, splits) for splits in splits_of(sums))
+
+
+def splits_of(sums: int) -> list[int]:
+    return [splits for splits in SPLITS if splits == 1 or sums >= splits * MOST_SPLIT_COLUMNS]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the model
@@ -98,15 +107,15 @@ def _fused_seconds(device: Device, direction: str, M: int, N: int, K: int, plan:
         tokens, covered = (8, plan.tile) if M <= 8 else (16, min(plan.tile, 16))
         resident = max(1, min(2, device.shared_memory // (65 << 10)))
     else:
-        tokens, covered, resident = plan.tile, 256 if direction == "forward" else 4096 // plan.tile, 1
+        tokens, resident = plan.tile, 1
+        covered = 4096 // tokens if direction == "backward" else 128 if (name, tokens) == ("warpgroup", 256) else 256
     passes = ceil(M / tokens)
     count = ceil(width / covered) * passes * plan.splits
     slots = device.multiprocessors * resident
     busy = min(1.0, count / slots) if count < slots else count / slots / ceil(count / slots)
     weights = N * K * passes
-    cycles = (
-        weights / 32 * max(instructions * 32 / SCHEDULED_LANES, wavefronts, 32 * tokens / device.tensor_products * (2 if name == "skinny" else 1))
-    )
+    products = {"skinny": device.tensor_products / 2, "tiled": device.tensor_products, "warpgroup": device.group_products}[name]
+    cycles = weights / 32 * max(instructions * 32 / SCHEDULED_LANES, wavefronts, 32 * tokens / products)
     compute = cycles / (device.multiprocessors * device.hertz * busy)
     memory = (0.5625 * N * K + 2 * M * (N + K)) / device.bytes_per_second / min(1.0, 1.5 * busy)
     cached = (0.5625 * weights + 2 * M * K * N / covered) / (2 * device.bytes_per_second)
@@ -120,7 +129,7 @@ def _predict(capability) -> Callable:
     def seconds(direction: str, M: int, N: int, K: int, plan) -> float:
         if plan is DENSE:
             return _dense_seconds(device, M, N, K)
-        too_old = capability == 75 and plan.kernel != KERNELS["skinny"]
+        too_old = capability == 75 and plan.kernel != KERNELS["skinny"] or plan.kernel == KERNELS["warpgroup"] and not device.group_products
         too_large = plan.tile == 128 and device.shared_memory < 208 << 10
         return float("inf") if too_old or too_large else _fused_seconds(device, direction, M, N, K, plan)
 
@@ -134,6 +143,8 @@ def _measure() -> Callable:
     """Seconds of a product on the GPU, from replays of a graph of launches over rotating weights."""
     from bitsandbytes.backends.cuda import gemm
 
+    has_groups = torch.cuda.get_device_capability() == (9, 0)
+
     @functools.lru_cache(maxsize=1)
     def weights_of(N: int, K: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -142,6 +153,8 @@ def _measure() -> Callable:
         return [(part, torch.rand(N * K // BLOCKSIZE, device="cuda")) for part in packed]
 
     def seconds(direction: str, M: int, N: int, K: int, plan) -> float:
+        if plan is not DENSE and plan.kernel == KERNELS["warpgroup"] and not has_groups:
+            return float("inf")
         A = torch.randn(M, K if direction == "forward" else N, device="cuda", dtype=torch.bfloat16)
         operator, planner = (gemm.gemm_4bit, "forward_plan") if direction == "forward" else (gemm.gemm_4bit_backward, "backward_plan")
         usual = getattr(gemm, planner)

@@ -35,6 +35,7 @@ set(BNB_MMA80_SOURCES
     csrc/cuda/int8_tiles.cu
 )
 set(BNB_SM90_SOURCES
+    csrc/cuda/gemm_4bit_warpgroup.cu
 )
 # The C interface, plain C++.
 set(BNB_GPU_API_SOURCES
@@ -53,7 +54,8 @@ if(BNB_CUDA_EMULATION)
     find_package(Threads REQUIRED)
     set(BNB_EMULATED_SOURCES ${BNB_EXACT_SOURCES} ${BNB_GENERIC_SOURCES} ${BNB_TENSOR_SOURCES} ${BNB_MMA75_SOURCES} ${BNB_MMA80_SOURCES} ${BNB_SM90_SOURCES})
     set_source_files_properties(${BNB_EMULATED_SOURCES} PROPERTIES LANGUAGE CXX)
-    add_library(bitsandbytes SHARED csrc/cuda/emulation.cpp ${BNB_EMULATED_SOURCES} ${BNB_GPU_API_SOURCES})
+    add_library(bitsandbytes SHARED csrc/cuda/emulation.cpp csrc/cuda/emulation_hopper.cpp ${BNB_EMULATED_SOURCES} ${BNB_GPU_API_SOURCES})
+    set_source_files_properties(csrc/cuda/emulation_hopper.cpp PROPERTIES COMPILE_OPTIONS -O3) # products are large
     target_compile_definitions(bitsandbytes PRIVATE BNB_CUDA_EMULATION=1)
     foreach(group EXACT GENERIC TENSOR MMA75 MMA80 SM90)
         if(BNB_${group}_SOURCES)

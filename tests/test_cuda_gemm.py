@@ -510,8 +510,8 @@ def test_tables_are_well_formed(capability):
             tokens = [entry[0] for entry in entries]
             assert tokens == sorted(set(tokens)) and tokens[0] >= 1
             for _, kernel, tile, splits in entries:
-                assert tile in ((8, 16, 32) if kernel == "skinny" else (16, 32, 64, 128)) and splits >= 1
-                assert kernel == "tiled" or (direction == "forward" and kernel == "skinny" and splits == 1)
+                assert tile in {"skinny": (8, 16, 32), "tiled": (16, 32, 64, 128), "warpgroup": (64, 128, 256)}[kernel] and splits >= 1
+                assert kernel == "tiled" or (direction == "forward" and (kernel == "warpgroup" or splits == 1))
 
 
 @pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 60, 200])

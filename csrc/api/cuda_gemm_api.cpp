@@ -9,6 +9,7 @@ namespace bnb {
 namespace {
 
 constexpr int32_t kUsualSkinnyTile = 16;
+constexpr int32_t kLargestTile = 128; // of the tiled kernel
 
 struct GemmCall {
     GemmArgs4bit args;
@@ -40,9 +41,15 @@ int32_t launch_forward(const GemmCall& call, Stream stream) {
     int32_t status = kUnsupported;
     if (call.plan.kernel == kGemmSimple || call.args.K == 0)
         return launch_gemm_4bit_simple(call.args, stream);
+#if defined(BNB_HAS_SM90)
+    if (call.plan.kernel == kGemmWarpgroup)
+        status = launch_gemm_4bit_warpgroup(call.args, call.plan, stream);
+#endif
 #if defined(BNB_HAS_MMA80)
-    if (call.plan.kernel == kGemmTiled)
-        status = launch_gemm_4bit_tiled(call.args, call.plan, stream);
+    GemmPlan tiled = call.plan;
+    tiled.tile = tiled.tile < kLargestTile ? tiled.tile : kLargestTile;
+    if (status == kUnsupported && (call.plan.kernel == kGemmTiled || call.plan.kernel == kGemmWarpgroup))
+        status = launch_gemm_4bit_tiled(call.args, tiled, stream);
 #endif
 #if defined(BNB_HAS_TENSOR)
     const GemmPlan skinny{kGemmSkinny, call.plan.kernel == kGemmSkinny ? call.plan.tile : kUsualSkinnyTile, 1, nullptr};

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <sys/mman.h>
 #include <vector>
@@ -29,7 +30,7 @@ constexpr size_t kMostSharedBytes = 256 * 1024;
 constexpr size_t kGap = 256; // between variables in shared memory; must stay as it was filled
 constexpr int kPoison = 0xff;
 
-enum class State { kReady, kAtBarrier, kInWarp, kEnded };
+enum class State { kReady, kAtBarrier, kInWarp, kInGroup, kWaiting, kEnded };
 
 struct Copy {
     void* to;
@@ -102,7 +103,11 @@ struct Thread {
     int votes; // of the barrier it passed last
     uint32_t mask;
     WarpFunction function;
+    GroupFunction group_function;
     Part part;
+    bool (*is_true)(const void*); // what it waits for
+    const void* object;
+    const char* what;
     std::vector<Copy> open_copies;
     std::vector<std::vector<Copy>> groups;
 };
@@ -125,9 +130,13 @@ struct Machine {
     unsigned char* dynamic = nullptr;
     uint64_t block_number = 0;
     std::vector<std::pair<unsigned char*, unsigned char*>> gaps;
+
+    std::deque<std::function<void()>> later;
 };
 
 Machine machine;
+void (*at_start)() = nullptr; // of a block, and at its end
+void (*at_end)() = nullptr;
 
 void* reserve(size_t bytes) {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -149,17 +158,22 @@ void run_thread() {
 }
 
 void explain_deadlock() {
-    int ended = 0, in_warp = 0;
-    const Thread *barrier = nullptr, *warp = nullptr;
+    int ended = 0, in_warp = 0, in_group = 0, waiting = 0;
+    const Thread *barrier = nullptr, *warp = nullptr, *waits = nullptr;
     for (int i = 0; i < machine.count; ++i) {
         const Thread& thread = machine.threads[i];
         ended += thread.state == State::kEnded;
         in_warp += thread.state == State::kInWarp;
+        in_group += thread.state == State::kInGroup;
+        waiting += thread.state == State::kWaiting;
+        waits = thread.state == State::kWaiting ? &thread : waits;
         barrier = thread.state == State::kAtBarrier ? &thread : barrier;
         warp = thread.state == State::kInWarp ? &thread : warp;
     }
-    fail("threads wait for others that never come: of %d, %d are at a barrier (line %d), %d in warp operations (mask %#x), %d have ended",
-         machine.count, machine.at_barrier, barrier ? barrier->barrier_line : 0, in_warp, warp ? warp->mask : 0u, ended);
+    fail("threads wait for others that never come: of %d, %d are at a barrier (line %d), %d in warp operations (mask %#x), %d have ended, %d are "
+         "in operations of warp groups, %d wait for %s",
+         machine.count, machine.at_barrier, barrier ? barrier->barrier_line : 0, in_warp, warp ? warp->mask : 0u, ended, in_group, waiting,
+         waits ? waits->what : "nothing");
 }
 
 // ------------------------------------------------------------------------------------------------------------------------- shared memory
@@ -188,8 +202,17 @@ void check_shared_memory() {
                 fail("wrote outside a variable in shared memory");
 }
 
+// One thing that memory does on its own.
+void do_what_is_left() {
+    std::function<void()> work = std::move(machine.reversed ? machine.later.back() : machine.later.front());
+    machine.reversed ? machine.later.pop_back() : machine.later.pop_front();
+    work();
+}
+
 void run_block(uint3 block, dim3 grid, dim3 size) {
     start_shared_memory();
+    if (at_start != nullptr)
+        at_start();
     machine.at_barrier = machine.votes = 0;
     for (int i = 0; i < machine.count; ++i) {
         Thread& thread = machine.threads[i];
@@ -204,6 +227,8 @@ void run_block(uint3 block, dim3 grid, dim3 size) {
         bool moved = false;
         for (int i = 0; i < machine.count; ++i) {
             Thread& thread = machine.threads[machine.reversed ? machine.count - 1 - i : i];
+            if (thread.state == State::kWaiting && thread.is_true(thread.object))
+                thread.state = State::kReady;
             if (thread.state != State::kReady)
                 continue;
             moved = true;
@@ -211,9 +236,15 @@ void run_block(uint3 block, dim3 grid, dim3 size) {
             switch_context(machine.scheduler, thread.context);
             live -= thread.state == State::kEnded;
         }
-        if (!moved)
+        if (!moved && machine.later.empty())
             explain_deadlock();
+        if (!moved)
+            do_what_is_left();
     }
+    if (!machine.later.empty())
+        fail("a block has ended while memory was still at work for it");
+    if (at_end != nullptr)
+        at_end();
     check_shared_memory();
 }
 
@@ -312,6 +343,41 @@ void warp_operation(uint32_t mask, WarpFunction function, const void* in, void* 
             warp[lane].state = State::kReady;
 }
 
+void group_operation(int first, int count, GroupFunction function, const void* in, void* out) {
+    Thread& thread = *machine.running;
+    Thread* group = machine.threads + first;
+    if (&thread < group || &thread >= group + count || first + count > machine.count)
+        fail("an operation of threads %d to %d, of %d in the block", first, first + count - 1, machine.count);
+    thread.group_function = function;
+    thread.part = {in, out};
+    std::vector<Part> parts;
+    for (int i = 0; i < count; ++i) {
+        const bool is_here = group[i].state == State::kInGroup && group[i].group_function == function;
+        if (&group[i] != &thread && !is_here)
+            return pause(State::kInGroup);
+        parts.push_back(group[i].part);
+    }
+    function(parts.data(), count);
+    for (int i = 0; i < count; ++i)
+        group[i].state = State::kReady;
+}
+
+void wait_until(bool (*is_true)(const void*), const void* object, const char* what) {
+    Thread& thread = *machine.running;
+    thread.is_true = is_true;
+    thread.object = object;
+    thread.what = what;
+    while (!is_true(object))
+        pause(State::kWaiting);
+}
+
+void do_later(std::function<void()> work) { machine.later.push_back(std::move(work)); }
+
+void watch_blocks(void (*start)(), void (*end)()) {
+    at_start = start;
+    at_end = end;
+}
+
 void* shared_storage(SharedSlot& slot, size_t bytes, size_t alignment) {
     if (slot.block_number != machine.block_number) {
         machine.shared_used += bytes;
@@ -325,6 +391,7 @@ void* shared_storage(SharedSlot& slot, size_t bytes, size_t alignment) {
 }
 
 void* dynamic_shared_storage() { return machine.dynamic; }
+size_t dynamic_shared_bytes() { return machine.dynamic_bytes; }
 
 void copy_async(void* to, const void* from, int bytes, int bytes_of_source) {
     if (reinterpret_cast<uintptr_t>(to) % unsigned(bytes) != 0 || (bytes_of_source && reinterpret_cast<uintptr_t>(from) % unsigned(bytes) != 0))

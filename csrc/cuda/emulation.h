@@ -57,6 +57,19 @@ using WarpFunction = void (*)(const Part (&parts)[kWarpSize], uint32_t mask);
 // Waits until all lanes of `mask` are in the same operation, which is then done once for all.
 void warp_operation(uint32_t mask, WarpFunction function, const void* in, void* out);
 
+// Waits until `count` threads of the block, from number `first` on, are in the same operation, which is then done once for all.
+using GroupFunction = void (*)(const Part* parts, int count);
+void group_operation(int first, int count, GroupFunction function, const void* in, void* out);
+
+// Waits until `is_true` says so of `object`; `what` is for the message if it never will.
+void wait_until(bool (*is_true)(const void* object), const void* object, const char* what);
+
+// What memory does on its own. It is done as late as can be, when all threads wait; with reversed threads the last of several comes first.
+void do_later(std::function<void()> work);
+
+// Called before the threads of a block start, and when all have ended.
+void watch_blocks(void (*start)(), void (*end)());
+
 // Storage of the block: the same address for all its threads. `slot` is static in the caller and stands for one variable.
 struct SharedSlot {
     uint64_t block_number;
@@ -64,6 +77,7 @@ struct SharedSlot {
 };
 void* shared_storage(SharedSlot& slot, size_t bytes, size_t alignment);
 void* dynamic_shared_storage();
+size_t dynamic_shared_bytes();
 
 // Asynchronous copies of the running thread: nothing moves before the group has been waited for.
 void copy_async(void* to, const void* from, int bytes, int bytes_of_source);

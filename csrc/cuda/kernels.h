@@ -110,12 +110,14 @@ struct GemmArgs4bit {
 };
 
 // Which kernel computes a product, and how it cuts it up. Measured tables decide that, in Python.
-enum GemmKernel : int32_t { kGemmSimple = 0, kGemmSkinny = 1, kGemmTiled = 2 };
+enum GemmKernel : int32_t { kGemmSimple = 0, kGemmSkinny = 1, kGemmTiled = 2, kGemmWarpgroup = 3 };
 
 struct GemmPlan {
     int32_t kernel; // of the forward product
-    int32_t tile; // skinny: rows of the weight that a warp takes, 8, 16 or 32. tiled, backward: tokens that a block takes, 16, 32, 64, tiled also 128
-    int32_t splits; // tiled, backward: parts of the sum that are computed apart and added up by a second kernel
+    // skinny: rows of the weight that a warp takes, 8, 16 or 32. Else tokens that a block takes; tiled, backward: 16, 32, 64, tiled also 128;
+    // warpgroup: 64, 128, 256
+    int32_t tile;
+    int32_t splits; // but simple, skinny: parts of the sum that are computed apart and added up by a second kernel
     float* partial; // [splits, M, columns of out] if there is more than one
 };
 
@@ -123,6 +125,7 @@ struct GemmPlan {
 int32_t launch_gemm_4bit_simple(const GemmArgs4bit& args, Stream stream);
 int32_t launch_gemm_4bit_skinny(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 int32_t launch_gemm_4bit_tiled(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
+int32_t launch_gemm_4bit_warpgroup(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 int32_t launch_gemm_4bit_backward(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 
 // --------------------------------------------------------------------------------------------------------------------- optimizers, fills, paging

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 
 from .gemm_4bit_table import TABLES
 
-KERNELS = {"simple": 0, "skinny": 1, "tiled": 2}  # as in csrc/cuda/kernels.h
+KERNELS = {"simple": 0, "skinny": 1, "tiled": 2, "warpgroup": 3}  # as in csrc/cuda/kernels.h
 
 
 class Plan(NamedTuple):
