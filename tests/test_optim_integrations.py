@@ -53,10 +53,27 @@ class Model(nn.Module):
 
 def trainer(folder, name, **kwargs):
     arguments = TrainingArguments(
-        str(folder), optim=name, max_steps=4, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, label_names=["labels"], **{"save_strategy": "steps", "save_steps": 2, **kwargs},
+        str(folder), optim=name, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], disable_tqdm=True, use_cpu=True,
+        remove_unused_columns=False, label_names=["labels"], **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **kwargs},
     )  # fmt: skip
     return Trainer(Model(), arguments, train_dataset=ROWS)
+
+
+ARGUMENTS = {
+    "rmsprop_bnb": ("alpha=0.9,momentum=0.5,centered=True,eps=1e-6", dict(betas=(0.9, 0.5), eps=1e-6)),
+    "rmsprop_bnb_8bit": ("alpha=0.9, momentum=0, min_8bit_size=128", dict(betas=(0.9, 0))),
+    "ademamix_8bit": ("alpha=3,t_alpha=5,beta3=0.99", dict(alpha=3.0, t_alpha=5, betas=(0.9, 0.999, 0.99))),
+}
+
+
+@grid(name=ARGUMENTS)
+def test_arguments_of_the_trainer_arrive_as_numbers(tmp_path, name):
+    text, settings = ARGUMENTS[name]
+    through = trainer(tmp_path, name, optim_args=text, max_steps=1)
+    through.train()
+    group = getattr(through.optimizer, "optimizer", through.optimizer).param_groups[0]
+    assert {key: group[key] for key in settings} == settings
+    assert not torch.equal(through.model.first.weight, Model().first.weight)
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers")

@@ -6,7 +6,10 @@ The formulas are those of the operator ``optimizer_step``; here stands only what
 from dataclasses import dataclass
 from functools import cached_property
 from math import exp, log
+from numbers import Real
 from typing import Any, Optional
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,31 @@ MOMENTS = {
 
 # Everything that belongs to a moment, and the norm that max_unorm leaves.
 STATE_KEYS = frozenset(key for number in (1, 2, 3) for key in Moment(number, "").keys) | {"unorm_vec"}
+
+
+_NUMBERS = (
+    "lr", "eps", "weight_decay", "momentum", "dampening", "alpha", "max_unorm", "lr_decay", "initial_accumulator_value", "optim_bits",
+    "min_8bit_size", "seed",
+)  # fmt: skip
+_NUMBERS_OR_NONE = ("t_alpha", "t_beta3")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def require_numbers(settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: a hyperparameter among the settings is not a number, or ``betas`` are not a list or tuple of them.
+    """
+    for name in (*_NUMBERS, *_NUMBERS_OR_NONE):
+        value = settings.get(name, 0)
+        if not _is_number(value) and not (value is None and name in _NUMBERS_OR_NONE):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    betas = settings.get("betas", ())
+    if not isinstance(betas, (list, tuple)) or not all(map(_is_number, betas)):
+        raise TypeError(f"betas must be a list or a tuple of numbers, got {betas!r}")
 
 
 def moments_of(algorithm: str, config: dict[str, Any]) -> tuple[Moment, ...]:

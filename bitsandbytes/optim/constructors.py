@@ -3,9 +3,12 @@
 Also here: the arguments that constructors once had.
 """
 
+from ast import literal_eval
 from collections.abc import Callable
 import functools
 import inspect
+
+from .algorithms import require_numbers
 
 # Keyword arguments of every optimizer, in addition to those of its constructor function.
 _COMMON = {"skip_zeros": False, "maximize": False, "stochastic_rounding": False, "seed": 0}
@@ -41,6 +44,10 @@ def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict |
         except TypeError as error:
             raise TypeError(f"{owner}: {error}") from None
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if isinstance(value, str) and name != "betas":
+                bound.arguments[name] = _spelled_out(owner, name, value, signature.parameters[name].default)
+        require_numbers({name: value for name, value in bound.arguments.items() if name != "betas"})  # those may be a string
         for name in restricted:
             value, default = bound.arguments[name], signature.parameters[name].default
             if value != default and (name in only_default or value != fixed[name]):
@@ -50,6 +57,21 @@ def constructor(function: Callable, hide: tuple[str, ...] = (), defaults: dict |
     __init__.__signature__ = signature
     __init__.__doc__ = function.__doc__
     return __init__
+
+
+def _spelled_out(owner: str, name: str, value: str, default) -> float | int | bool:
+    """What a string says: the Trainer of transformers passes the numbers and switches of its ``optim_args`` on as it reads them.
+
+    Raises:
+        TypeError: neither a number, nor True or False for a switch.
+    """
+    try:
+        meant = literal_eval(value)
+    except (ValueError, SyntaxError):
+        meant = None
+    if not isinstance(meant, (int, float)) or isinstance(meant, bool) != isinstance(default, bool):
+        raise TypeError(f"{owner}: {name} must be {'True or False' if isinstance(default, bool) else 'a number'}, got the string {value!r}")
+    return meant
 
 
 def without_removed_arguments(args: tuple, signature: inspect.Signature) -> tuple:

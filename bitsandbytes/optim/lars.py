@@ -6,6 +6,7 @@ parameter, the update is scaled down to that.
 
 import torch
 
+from .algorithms import require_numbers
 from .constructors import constructor
 from .optimizer import Optimizer1State, evaluate
 from .sgd import check_momentum
@@ -50,15 +51,17 @@ class PytorchLARS(torch.optim.Optimizer):
     """LARS in plain PyTorch. State: ``momentum_buffer``. See ``LARS`` for the arguments.
 
     Raises:
+        TypeError: a hyperparameter is not a number.
         ValueError: a hyperparameter is negative, or Nesterov's momentum without momentum or with dampening.
     """
 
     def __init__(self, params, lr=0.01, momentum=0, dampening=0, weight_decay=0, nesterov=False, max_unorm=0.02):
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, max_unorm=max_unorm)
+        require_numbers(defaults)
         for name, value in (("learning rate", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not value >= 0.0:
                 raise ValueError(f"Invalid {name}: it must not be negative, got {value}")
         check_momentum(momentum, dampening, nesterov)
-        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, max_unorm=max_unorm)
         super().__init__(params, defaults)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from .. import functional as F
 from .._ops import OPTIMIZER_BLOCKSIZE, blocks
 from ..paging import start_filling
-from .algorithms import STATE_KEYS, Moment, moments_of
+from .algorithms import STATE_KEYS, Moment, moments_of, require_numbers
 from .batch import Batch
 from .constructors import accepts_removed_arguments
 from .manager import GlobalOptimManager
@@ -93,6 +93,16 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         self.args = args or MockArgs({"optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "max_unorm": max_unorm, "skip_zeros": skip_zeros})
 
     # ----------------------------------------------------------------------------------------------------------------- settings
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters. What it does not say of its hyperparameters is what the constructor was told.
+
+        Raises:
+            TypeError: a hyperparameter of the group is not a number.
+        """
+        if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            require_numbers(param_group)
+        super().add_param_group(param_group)
 
     def fill_qmap(self) -> None:
         """Makes the code tables of 8-bit states: "dynamic" for signed moments, "udynamic" for the others."""
@@ -310,8 +320,10 @@ def evaluate(closure):
 def _check_hyperparameters(lr, betas, eps, weight_decay) -> None:
     """
     Raises:
+        TypeError: one of them is not a number.
         ValueError: one of them is negative, or a beta is not below 1.
     """
+    require_numbers(dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
     for name, value in (("learning rate", lr), ("epsilon", eps), ("weight_decay", weight_decay)):
         if not value >= 0.0:
             raise ValueError(f"Invalid {name}: it must not be negative, got {value}")
@@ -335,6 +347,7 @@ class Optimizer2State(Optimizer8bit):
             ``amsgrad``, ``nesterov``, ``centered``, ``lr_decay``, ``initial_accumulator_value``.
 
     Raises:
+        TypeError: a hyperparameter is not a number.
         ValueError: a hyperparameter is out of range.
     """
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..paging import is_paged, wait_for_pages
-from .algorithms import MOMENTS, STATE_KEYS, Moment, betas_from_torch, moments_of
+from .algorithms import MOMENTS, STATE_KEYS, Moment, betas_from_torch, moments_of, require_numbers
 from .sharding import (
     absmax_by_granules,
     blocks_from_granules,
@@ -131,6 +131,7 @@ class CheckpointedState:
         Raises:
             ValueError: the dict has not the form of an optimizer's state, the groups differ in number or in size from those of this optimizer, or
                 a state does not fit its parameter.
+            TypeError: a hyperparameter is not a number.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -167,7 +168,12 @@ class CheckpointedState:
         settings = {key: deepcopy(value) for key, value in saved.items() if key not in foreign | _FOREIGN_SETTINGS | {"params", "betas"}}
         betas = betas_from_torch(self.optimizer_name, saved)
         loaded = {**group, **settings, "params": group["params"]}
-        return loaded if betas is None else {**loaded, "betas": betas}
+        if betas is not None:
+            loaded["betas"] = betas
+        require_numbers(loaded)
+        if len(loaded.get("betas", ())) != len(group.get("betas", ())):
+            raise ValueError(f"betas of the checkpoint are {betas!r}, those of this optimizer {group.get('betas')!r}: it is of another algorithm")
+        return loaded
 
     @torch.no_grad()
     def _loaded_state(self, saved: dict[str, Any], p: torch.Tensor, config: dict[str, Any], move_to_device: bool, convert: bool) -> dict[str, Any]:
@@ -181,9 +187,9 @@ class CheckpointedState:
                 rows = any(moment.rows > 1 and key in moment.keys for moment in MOMENTS.get(self.optimizer_name, ()))
                 value = part_of_moment(value, p, int(rows), key.startswith("absmax"))
             state[key] = _placed(value, p, own, move_to_device)
-        if isinstance(state.get("step"), torch.Tensor):
+        if isinstance(state.get("step"), torch.Tensor) and state["step"].numel() == 1:
             state["step"] = int(state["step"].item())
-        if state and not isinstance(state.get("step"), int):
+        if state and not (isinstance(state.get("step"), int) and state["step"] >= 0):
             raise ValueError(f'the state of a parameter must count its steps in "step", got {state.get("step")!r}')
         self._join_rows(state)
         for moment in self._moments_in(state):
