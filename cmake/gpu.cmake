@@ -123,9 +123,7 @@ if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR "COMPUTE_BACKEND=cuda: CMAKE_CUDA_COMPILER, the CUDA compiler nvcc, was not found. Install the CUDA toolkit, 11.8 to 13, or set "
                         "CUDACXX to the path of nvcc.")
 endif()
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES OFF) # set for each group below
-endif()
+set(CMAKE_CUDA_ARCHITECTURES OFF) # set for each group below
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
@@ -223,4 +221,4 @@ foreach(target IN ITEMS bitsandbytes LISTS groups)
 endforeach()
 
 target_link_libraries(bitsandbytes PRIVATE CUDA::cudart)
-set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_cuda${BNB_CUDA_SHORT_VERSION})
+set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_cuda${BNB_CUDA_SHORT_VERSION} CUDA_ARCHITECTURES OFF)

@@ -1,9 +1,10 @@
-"""Building the GPU library: what it exports, what CMake refuses, and how nvcc takes the kernels.
+"""Building the GPU library: what it exports, what CMake refuses, and how nvcc and the compiler of ROCm take the kernels.
 
-What needs no CUDA compiler is checked on the emulated library, which is built from the same sources. The tests with nvcc compile every kernel for
+What needs no such compiler is checked on the emulated library, which is built from the same sources. The tests with one compile every kernel for
 some architectures, which takes minutes: they are marked slow and run with ``make cuda-test``.
 """
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -16,9 +17,12 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
-# The oldest with tensor cores, and the one with instructions that no other has. All the toolkit knows: BNB_TEST_CUDA_ARCHITECTURES=all.
-ARCHITECTURES = os.environ.get("BNB_TEST_CUDA_ARCHITECTURES", "75;90")
-BUILD = ROOT / "build" / "cuda_test"
+# Backend -> the option of CMake that names architectures, and those to compile for, "all" for its default: of CUDA the oldest with tensor cores, and
+# the one with instructions that no other has; of ROCm one with wavefronts of 64 lanes, and one of 32.
+ARCHITECTURES = {
+    "cuda": ("COMPUTE_CAPABILITY", os.environ.get("BNB_TEST_CUDA_ARCHITECTURES", "75;90")),
+    "hip": ("BNB_ROCM_ARCH", os.environ.get("BNB_TEST_ROCM_ARCHITECTURES", "gfx90a;gfx1100")),
+}
 
 FLOATS = ("fp32", "fp16", "bf16")
 EXPORTED = {
@@ -50,6 +54,8 @@ def words(done) -> str:
 
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs CMake and a C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler")
+HIPCONFIG = shutil.which("hipconfig", path=os.pathsep.join([os.environ["PATH"], "/opt/rocm/bin"]))
+needs_rocm = pytest.mark.skipif(HIPCONFIG is None, reason="needs ROCm")
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 
 
@@ -72,24 +78,41 @@ def test_unknown_backend(tmp_path):
     assert done.returncode and "COMPUTE_BACKEND must be cpu, cuda or hip, got 'vulkan'" in words(done)
 
 
-@needs_cmake
-@pytest.mark.skipif(any(map(shutil.which, ("hipcc", "amdclang++"))) or Path("/opt/rocm").exists(), reason="ROCm is installed here")
-def test_hip_without_its_compiler(tmp_path):
-    done = configure(tmp_path, "-DCOMPUTE_BACKEND=hip", HIPCXX="")
-    assert done.returncode and "the compiler of ROCm, was not found" in words(done)
-
-
-@needs_cmake
-def test_cuda_without_its_compiler(tmp_path):
+@pytest.fixture
+def path_without_gpu_compilers(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in ("cmake", "c++", "make", "as", "ld", "ar", "ranlib", "sh", "uname"):
         if (found := shutil.which(tool)) is not None:
             (tools / tool).symlink_to(found)
-    done = configure(tmp_path / "build", "-DCOMPUTE_BACKEND=cuda", "-G", "Unix Makefiles", PATH=str(tools), CUDACXX="", CUDA_PATH=str(tmp_path))
+    return str(tools)
+
+
+@needs_cmake
+@pytest.mark.skipif(HIPCONFIG is not None, reason="ROCm is installed here")
+def test_hip_without_its_compiler(tmp_path, path_without_gpu_compilers):
+    done = configure(tmp_path / "build", "-DCOMPUTE_BACKEND=hip", "-G", "Unix Makefiles", PATH=path_without_gpu_compilers, ROCM_PATH="")
+    assert done.returncode and "the compiler of ROCm, was not found" in words(done)
+
+
+@needs_cmake
+def test_cuda_without_its_compiler(tmp_path, path_without_gpu_compilers):
+    done = configure(
+        tmp_path / "build", "-DCOMPUTE_BACKEND=cuda", "-G", "Unix Makefiles", PATH=path_without_gpu_compilers, CUDACXX="", CUDA_PATH=str(tmp_path)
+    )
     if "CUDA 1" in done.stdout:
         pytest.skip("CMake finds a toolkit in a place that cannot be hidden from it")
     assert done.returncode and "the CUDA compiler nvcc, was not found" in words(done)
+
+
+@needs_cmake
+@needs_nvcc
+def test_by_default_the_library_is_built_for_architectures_that_the_toolkit_knows(tmp_path):
+    done = configure(tmp_path, "-DCOMPUTE_BACKEND=cuda")
+    assert done.returncode == 0, done.stderr
+    chosen = re.search(r"for compute capabilities (\S+)", done.stdout).group(1).split(";")
+    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    assert len(chosen) >= 5 and set(chosen) <= set(re.findall(r"compute_(\d+)", known))
 
 
 @needs_cmake
@@ -140,25 +163,36 @@ def test_only_the_library_that_was_asked_for_must_be_built(setup_module, monkeyp
         setup_module.build_native_libraries()
 
 
-# ---------------------------------------------------------------------------------------------------------------------- with nvcc
-@pytest.fixture(scope="module")
-def native_build():
-    """Compiles the library for ARCHITECTURES, every file anew, and returns its path and what the compiler said of each kernel."""
-    options = [] if ARCHITECTURES == "all" else [f"-DCOMPUTE_CAPABILITY={ARCHITECTURES}"]
-    done = configure(BUILD, "-DCOMPUTE_BACKEND=cuda", "-DPTXAS_VERBOSE=ON", f"-DBNB_OUTPUT_DIRECTORY={BUILD / 'lib'}", *options)
+# ------------------------------------------------------------------------------------------------------- with nvcc, with that of ROCm
+@functools.cache
+def build(backend: str) -> tuple[Path, str]:
+    """Compiles every file anew. Returns the library and what the compiler said of each kernel."""
+    folder = ROOT / "build" / f"{backend}_test"
+    option, architectures = ARCHITECTURES[backend]
+    options = [] if architectures == "all" else [f"-D{option}={architectures}"]
+    done = configure(folder, f"-DCOMPUTE_BACKEND={backend}", "-DPTXAS_VERBOSE=ON", f"-DBNB_OUTPUT_DIRECTORY={folder / 'lib'}", *options)
     assert done.returncode == 0, done.stderr
-    command = ["cmake", "--build", str(BUILD), "--clean-first", "--parallel", str(os.cpu_count() or 2)]
+    command = ["cmake", "--build", str(folder), "--clean-first", "--parallel", str(os.cpu_count() or 2)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (library,) = (BUILD / "lib").glob("libbitsandbytes_cuda*.so")
+    (library,) = (folder / "lib").glob("libbitsandbytes_*.so")
     return library, done.stdout + done.stderr
+
+
+each_compiler = pytest.mark.parametrize("backend", [pytest.param("cuda", marks=needs_nvcc), pytest.param("hip", marks=needs_rocm)])
+
+
+def version_in_name(backend: str) -> str:
+    command, before = (["nvcc", "--version"], "release ") if backend == "cuda" else ([HIPCONFIG, "--version"], "")
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return "".join(re.search(before + r"(\d+)\.(\d+)", said).groups())
 
 
 @pytest.mark.slow
 @needs_cmake
 @needs_nvcc
-def test_every_kernel_stays_in_registers(native_build):
-    _, said = native_build
+def test_every_kernel_stays_in_registers():
+    _, said = build("cuda")
     kernel, kernels, bad = "", 0, []
     for line in said.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
@@ -172,20 +206,19 @@ def test_every_kernel_stays_in_registers(native_build):
 
 @pytest.mark.slow
 @needs_cmake
-@needs_nvcc
-def test_the_compiler_warns_of_nothing(native_build):
-    _, said = native_build
+@each_compiler
+def test_the_compiler_warns_of_nothing(backend):
+    _, said = build(backend)
     assert [line for line in said.splitlines() if "warning" in line.lower() or "C7508" in line or "C7512" in line] == []
 
 
 @pytest.mark.slow
 @needs_cmake
-@needs_nvcc
 @needs_nm
-def test_native_library_is_named_after_its_toolkit_and_exports_every_published_name(native_build):
-    library, _ = native_build
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)
-    assert library.name == "libbitsandbytes_cuda{}{}.so".format(*release.groups())
+@each_compiler
+def test_native_library_is_named_after_its_toolkit_and_exports_every_published_name(backend):
+    library, _ = build(backend)
+    assert library.name == f"libbitsandbytes_{'cuda' if backend == 'cuda' else 'rocm'}{version_in_name(backend)}.so"
     names = exported_symbols(library)
     assert EXPORTED - names == set()
-    assert [name for name in names - EXPORTED if not name.startswith("bnb_cuda_")] == []
+    assert [name for name in names - EXPORTED if not name.startswith(("bnb_cuda_", "__hip_cuid_"))] == []  # the last: clang's marks of files

@@ -31,6 +31,14 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #endif
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 610 // sum + a . b of four signed bytes each
+__device__ __forceinline__ int __dp4a(int a, int b, int sum) {
+    for (int shift = 24; shift >= 0; shift -= 8)
+        sum += (int(uint32_t(a) << shift) >> 24) * (int(uint32_t(b) << shift) >> 24);
+    return sum;
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------------------- shared memory
 template <typename T> __device__ __forceinline__ T& shared_variable() {
     __shared__ T variable;
@@ -83,7 +91,7 @@ __device__ __forceinline__ float widen(BFloat16 value) { return float_from_bits(
 
 __device__ __forceinline__ void narrow_to(float value, float& result) { result = value; }
 __device__ __forceinline__ void narrow_to(float value, Half& result) { result.bits = __half_as_ushort(__float2half_rn(value)); }
-__device__ __forceinline__ void narrow_to(float value, BFloat16& result) { result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+__device__ __forceinline__ void narrow_to(float value, BFloat16& result) { result.bits = __nv_bfloat16_raw(__float2bfloat16_rn(value)).x; }
 template <typename T> __device__ __forceinline__ T narrow(float value) {
     T result;
     narrow_to(value, result);
