@@ -1,14 +1,47 @@
-"""Fixtures for every test: one seed, and process-wide settings put back afterwards. No test reaches for a network."""
+"""Fixtures for every test: one seed, and process-wide settings put back afterwards. No test reaches for a network.
+
+With BNB_TEST_DEVICE=cuda new tensors are on the GPU unless a test says otherwise, and what tests only the CPU's part of the package is left out.
+"""
 
 import os
 import random
 
+from helpers import DEVICE
 from hypothesis import settings
 import numpy as np
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)  # now, so that it holds for the constants of test files as well
+
+# Files that do not change with the device, and why.
+ON_THE_CPU = {
+    "test_cpu_*": "kernels of the CPU",
+    "test_diagnostics": "looks at machines made up",
+    "test_docs": "documentation is written for a CPU",
+    "test_examples": "examples choose their device",
+    "test_fuzz": "arguments of the CPU's library",
+    "test_gpu_loading": "loads a library made up",
+    "test_native_loading": "loads the library of the CPU",
+    "test_optim_sharding": "gloo, which joins processes here, moves memory of the host",
+    "test_packaging": "looks at files",
+    "test_paging": "a library made of host memory",
+    "test_sharding": "gloo, which joins processes here, moves memory of the host",
+    "test_triton": "Triton's interpreter works on memory of the host",
+    "test_upstream_suite": "tests a program that starts others",
+}
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE != "cpu":
+        for item in items:
+            for pattern, reason in ON_THE_CPU.items():
+                if item.path.match(f"{pattern}.py"):
+                    item.add_marker(pytest.mark.skip(reason=f"the same on every device: {reason}"))
+
 
 # Examples are drawn from the test's own name, so that a red run is red again on the next machine; a busy machine is not a failure.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25, database=None)

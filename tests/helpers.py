@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
+from torch.utils._pytree import tree_map_only
 
+DEVICE = os.environ.get("BNB_TEST_DEVICE", "cpu")  # where new tensors are: conftest.py
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
@@ -39,13 +41,28 @@ def bell(n: int, seed: int = 1) -> torch.Tensor:
     return (total - 2 * 65536).to(torch.float32) / 2**15 * 0.875
 
 
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor where new tensors are."""
+    return here(torch.from_numpy(array))
+
+
+def here(value):
+    """A tensor, or a dictionary or sequence of tensors, moved to where new tensors are: what comes from NumPy or a file."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(torch.get_default_device()), value)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of random numbers for new tensors."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def sha(tensor: torch.Tensor, digits: int = 24) -> str:
     """The first `digits` hexadecimal digits of the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()[:digits]
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes() if tensor.numel() else b""
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -79,6 +96,11 @@ def leave_process_group() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def cpu_only(reason: str):
+    """`@cpu_only("why")`: a test that is the same or cannot be on another device."""
+    return pytest.mark.skipif(DEVICE != "cpu", reason=reason)
 
 
 def short_name(value) -> str:
@@ -126,7 +148,7 @@ def scaled_blocks(A: torch.Tensor, blocksize: int) -> tuple[np.ndarray, np.ndarr
     Returns:
         fp32 [n] in [-1, 1] (NaN in a block with a NaN, and for the infinities of a block with one), and absmax, fp32 [blocks].
     """
-    x = A.detach().to(torch.float32).reshape(-1).numpy()
+    x = A.detach().to(torch.float32).reshape(-1).cpu().numpy()
     blocks = -(-x.size // blocksize)
     padded = np.zeros(blocks * blocksize, dtype=np.float32)
     padded[: x.size] = x
@@ -146,7 +168,7 @@ def model_quantize_4bit(A: torch.Tensor, blocksize: int, quant_type: str) -> tup
     else:
         codes = FP4_BY_MAGNITUDE[np.searchsorted(FP4_THRESHOLDS, np.abs(v), side="left")]
         codes = codes | np.where((v < 0) & (codes != 0), 8, 0).astype(np.uint8)
-    return torch.from_numpy(pack(codes, quant_type)), torch.from_numpy(absmax)
+    return from_numpy(pack(codes, quant_type)), from_numpy(absmax)
 
 
 def pack(codes: np.ndarray, quant_type: str) -> np.ndarray:
@@ -159,28 +181,28 @@ def pack(codes: np.ndarray, quant_type: str) -> np.ndarray:
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The n codes, uint8 [n], of a packed tensor of any storage dtype."""
     data = np.frombuffer(raw_bytes(packed), dtype=np.uint8)
-    return torch.from_numpy(np.stack([data >> 4, data & 15], axis=1).reshape(-1)[:n].copy())
+    return from_numpy(np.stack([data >> 4, data & 15], axis=1).reshape(-1)[:n].copy())
 
 
 def model_dequantize_4bit(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape, dtype) -> torch.Tensor:
     """fl(level * absmax) in fp32, rounded once to dtype."""
     n = int(np.prod(shape))
-    return model_dequantize(unpack(packed, n), absmax, torch.from_numpy(LEVELS[quant_type]), blocksize, dtype).reshape(tuple(shape))
+    return model_dequantize(unpack(packed, n), absmax, from_numpy(LEVELS[quant_type]), blocksize, dtype).reshape(tuple(shape))
 
 
 def model_dequantize(codes: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int, dtype) -> torch.Tensor:
     """code[codes] * absmax[i // blocksize] over the flat order, rounded once to dtype, in the shape of codes."""
     n = codes.numel()
-    levels = code.numpy()[codes.reshape(-1).numpy()]
+    levels = code.cpu().numpy()[codes.reshape(-1).cpu().numpy()]
     with np.errstate(all="ignore"):
-        values = levels * np.repeat(absmax.numpy(), blocksize)[:n]
-    return torch.from_numpy(values.astype(np.float32)).to(dtype).reshape(codes.shape)
+        values = levels * np.repeat(absmax.cpu().numpy(), blocksize)[:n]
+    return from_numpy(values.astype(np.float32)).to(dtype).reshape(codes.shape)
 
 
 def model_quantize_blockwise(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What quantize_blockwise must store: the nearest of 256 sorted values, uint8 like A, and absmax fp32 [blocks]."""
     v, absmax = scaled_blocks(A, blocksize)
-    c = code.numpy()
+    c = code.cpu().numpy()
     midpoints = (c[:-1] + c[1:]) * np.float32(0.5)
     codes = np.searchsorted(midpoints, v, side="left").astype(np.uint8)
-    return torch.from_numpy(codes).reshape(A.shape), torch.from_numpy(absmax)
+    return from_numpy(codes).reshape(A.shape), from_numpy(absmax)

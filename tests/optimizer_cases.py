@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from helpers import seeded
 from native_cpu import assert_same_floats
 import pytest
 import torch
@@ -63,7 +64,7 @@ def maps_of(algorithm: str, count: int) -> list:
 
 
 def make_case(algorithm, options, shapes, bits=32, dtype=torch.float32, g_dtype=None, seed=0, **more) -> Case:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     chosen = SCALARS | options | more | {"algorithm": algorithm}
     count = optimizer_moments(algorithm, chosen["beta2"], chosen.get("amsgrad", False), chosen.get("centered", False))
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bitsandbytes as bnb
 from bitsandbytes import functional as F
-from tests.helpers import FLOAT_DTYPES, STORAGE_DTYPES
+from tests.helpers import DEVICE, FLOAT_DTYPES, STORAGE_DTYPES, from_numpy
 
 IN, OUT = 96, 48
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -178,14 +178,14 @@ def test_everything_is_saved_where_hooks_can_see_it(nested):
 def test_offloading_hooks_may_replace_what_was_saved():
     packed, state, weight = quantised()
     A = torch.randn(3, IN, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.cpu().numpy().copy(), from_numpy):
         result = bnb.matmul_4bit(A, packed.clone(), state)
     result.sum().backward()
     assert relative_error(A.grad, weight.sum(0).expand(3, IN)) < 1e-5
 
 
 def test_a_change_of_the_weight_before_backward_is_detected():
-    layer = bnb.nn.LinearNF4(IN, OUT).to("cpu")
+    layer = bnb.nn.LinearNF4(IN, OUT).to(DEVICE)
     result = layer(torch.randn(3, IN, requires_grad=True))
     layer.weight.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -193,7 +193,7 @@ def test_a_change_of_the_weight_before_backward_is_detected():
 
 
 def test_a_change_of_the_statistics_before_backward_is_detected():
-    layer = bnb.nn.LinearNF4(IN, OUT).to("cpu")
+    layer = bnb.nn.LinearNF4(IN, OUT).to(DEVICE)
     result = layer(torch.randn(3, IN, requires_grad=True))
     layer.weight.quant_state.absmax.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -201,10 +201,10 @@ def test_a_change_of_the_statistics_before_backward_is_detected():
 
 
 def test_replacing_the_state_before_backward_does_not_matter():
-    layer = bnb.nn.LinearNF4(IN, OUT).to("cpu")
+    layer = bnb.nn.LinearNF4(IN, OUT).to(DEVICE)
     weight, x = layer.weight.dequantize(), torch.randn(3, IN, requires_grad=True)
     result = layer(x)
-    layer.weight.quant_state = bnb.nn.LinearNF4(IN, OUT).to("cpu").quant_state
+    layer.weight.quant_state = bnb.nn.LinearNF4(IN, OUT).to(DEVICE).quant_state
     result.sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, IN))
 
@@ -243,7 +243,7 @@ def test_one_buffer_refilled_for_every_layer_gives_right_gradients_under_checkpo
 
 
 def test_checkpointing_frees_the_activations():
-    layer = bnb.nn.LinearNF4(IN, IN).to("cpu")
+    layer = bnb.nn.LinearNF4(IN, IN).to(DEVICE)
     inner = []
 
     def segment(x):
@@ -260,7 +260,7 @@ def test_checkpointing_frees_the_activations():
 
 
 def test_activations_are_not_kept_for_a_frozen_layer():
-    layer = bnb.nn.LinearNF4(IN, OUT, bias=False).to("cpu")
+    layer = bnb.nn.LinearNF4(IN, OUT, bias=False).to(DEVICE)
     x = torch.randn(4, IN, requires_grad=True)
     hidden = x * 1
     alive = weakref.ref(hidden)
@@ -271,12 +271,12 @@ def test_activations_are_not_kept_for_a_frozen_layer():
 
 
 def test_threads_may_run_backward_at_the_same_time():
-    layer = bnb.nn.LinearNF4(IN, OUT).to("cpu")
+    layer = bnb.nn.LinearNF4(IN, OUT).to(DEVICE)
     weight, errors = layer.weight.dequantize(), []
 
     def work():
         for _ in range(5):
-            x = torch.randn(8, IN, requires_grad=True)
+            x = torch.randn(8, IN, requires_grad=True, device=DEVICE)
             layer(x).sum().backward()
             errors.append((x.grad - weight.sum(0)).abs().max().item())
 
@@ -339,7 +339,7 @@ def test_under_autocast_it_does_what_linear_does(dtype, grad):
     packed, state, weight = quantised()
     A = torch.randn(4, IN, requires_grad=grad)
     bias = torch.randn(OUT, requires_grad=grad)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         result = bnb.matmul_4bit(A, packed, state, bias=bias)
         reference = torch.nn.functional.linear(A, weight.float(), bias)
     assert result.dtype is reference.dtype is dtype
@@ -354,6 +354,6 @@ def test_a_backward_pass_inside_autocast_keeps_its_precision():
     packed, state, weight = quantised()
     A = torch.randn(4, IN, requires_grad=True)
     result = bnb.matmul_4bit(A, packed, state)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         result.sum().backward()
     assert relative_error(A.grad, weight.sum(0).expand(4, IN)) < 1e-6

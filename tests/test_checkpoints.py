@@ -12,12 +12,12 @@ from torch import nn
 
 import bitsandbytes as bnb
 from bitsandbytes.nn import Linear4bit, Params4bit
-from tests.helpers import STORAGE_DTYPES, raw_bytes, run_python
+from tests.helpers import DEVICE, STORAGE_DTYPES, raw_bytes, run_python
 
 IN, OUT = 96, 48
 
 
-def make(quant_type="nf4", nested=True, storage=torch.uint8, blocksize=64, bias=True, device="cpu") -> Linear4bit:
+def make(quant_type="nf4", nested=True, storage=torch.uint8, blocksize=64, bias=True, device=DEVICE) -> Linear4bit:
     """A layer with random values; quantised, unless ``device`` is None or "meta"."""
     created_on = "meta" if device == "meta" else None
     layer = Linear4bit(IN, OUT, bias, quant_type=quant_type, compress_statistics=nested, quant_storage=storage, device=created_on)
@@ -128,7 +128,7 @@ def test_variables_are_kept_on_request():
 
 
 def test_a_weight_in_the_published_cpu_layout_is_saved_canonically():
-    layer = Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    layer = Linear4bit(64, 64, quant_type="nf4").to(DEVICE)
     before = contents(layer)
     packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, copy.copy(layer.quant_state))
     layer.weight.data, layer.weight.quant_state = packed, state
@@ -154,7 +154,7 @@ def test_files_are_small(dtype, limit):
     layer = bnb.nn.LinearNF4(300, 400)
     layer.weight = Params4bit(dense.weight, quant_type="nf4")
     layer.bias = nn.Parameter(dense.bias.data)
-    assert size(layer.to("cpu")) < limit * size(dense)
+    assert size(layer.to(DEVICE)) < limit * size(dense)
 
 
 # ------------------------------------------------------------------------------------------------------- reading what was written
@@ -191,7 +191,7 @@ def test_a_float_checkpoint_loads_into_every_layer(destination, assign):
     assert (layer.quant_state is not None) == was_quantised
     if was_quantised:
         assert_is_whole(layer)
-        assert layer.weight.device.type == "cpu"
+        assert layer.weight.device.type == DEVICE
         assert raw_bytes(layer.weight) == raw_bytes(make_like(layer, dense).weight)
     else:
         assert torch.equal(output(layer), output(dense))
@@ -203,14 +203,14 @@ def make_like(layer: Linear4bit, dense: nn.Linear) -> Linear4bit:
     weight = layer.weight
     other = make(weight.quant_type, weight.compress_statistics, weight.quant_storage, weight.blocksize, device=None)
     other.load_state_dict(dense.state_dict())
-    return other.to("cpu")
+    return other.to(DEVICE)
 
 
 @assignment
 def test_a_float_checkpoint_in_an_unquantised_layer_is_quantised_by_its_recipe_later(assign):
     layer = make("nf4", nested=False, blocksize=128, device="meta" if assign else None)
     layer.load_state_dict(nn.Linear(IN, OUT).state_dict(), assign=assign)
-    layer.to("cpu")
+    layer.to(DEVICE)
     assert_is_whole(layer)
     assert (layer.quant_state.quant_type, layer.quant_state.blocksize, layer.quant_state.nested) == ("nf4", 128, False)
 
@@ -444,7 +444,7 @@ def test_from_prequantized_refuses_most_of_it_too(corrupt):
     if not isinstance(weight, torch.Tensor):
         return
     try:
-        made = Params4bit.from_prequantized(weight, statistics, device="cpu")
+        made = Params4bit.from_prequantized(weight, statistics, device=DEVICE)
     except (ValueError, AssertionError):
         return
     assert made.dequantize().numel() == made.quant_state.shape.numel()  # another weight, but a whole one

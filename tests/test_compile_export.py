@@ -4,7 +4,7 @@ import io
 import logging
 import warnings
 
-from helpers import assert_same_bits, bell, grid
+from helpers import DEVICE, assert_same_bits, bell, grid
 import pytest
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ def build(kind, bias_dtype=torch.float32, **options):
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.copy_(bell(p.numel(), seed=i + 1).view(p.shape) * 0.3)
-    model.to("cpu")
+    model.to(DEVICE)
     for layer in model.layers:
         layer.requires_grad_(False)
         layer.bias = nn.Parameter(layer.bias.to(bias_dtype))
@@ -149,7 +149,7 @@ def test_compiles_with_the_default_backend_for_any_number_of_tokens(kind):
 def test_compiles_under_autocast(kind):
     model = build(kind, checkpointed=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected, y = step(model), step(model, compiled)
     assert y[0].dtype is expected[0].dtype is torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=5e-2, atol=5e-1)
@@ -216,10 +216,10 @@ def test_autocast_gives_what_a_float_layer_gives(kind, dtype, x_dtype, training)
     results = []
     for module in (layer, reference):
         inputs = x.clone().requires_grad_()
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             y = module(inputs)
         y.sum().backward()
         results.append((y.dtype, inputs.grad.dtype, module.bias.dtype, module.bias.grad.dtype))
     assert results[0] == results[1]
-    with torch.autocast("cpu", dtype, enabled=False):
+    with torch.autocast(DEVICE, dtype, enabled=False):
         assert_close(layer(x.float()), layer(x.float()))

@@ -8,7 +8,7 @@ import pickle
 import weakref
 
 import accelerate
-from helpers import assert_same_bits, bell, grid, raw_bytes
+from helpers import DEVICE, assert_same_bits, bell, grid, raw_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
@@ -36,7 +36,7 @@ def filled(layer: nn.Embedding, seed=1) -> nn.Embedding:
 
 def make(kind, rows=ROWS, width=WIDTH, seed=1, **options) -> nn.Embedding:
     """A quantised embedding."""
-    return filled(kind(rows, width, **options), seed).to("cpu")
+    return filled(kind(rows, width, **options), seed).to(DEVICE)
 
 
 KINDS = {
@@ -278,15 +278,15 @@ class Tied(nn.Module):
 @kinds
 @pytest.mark.parametrize("where", ["memory", "disk", "by hand"])
 def test_a_table_is_offloaded_and_comes_back(make_kind, where, tmp_path):
-    model, ids = nn.Sequential(make_kind(), nn.LayerNorm(WIDTH, elementwise_affine=False)).to("cpu"), torch.arange(7)
+    model, ids = nn.Sequential(make_kind(), nn.LayerNorm(WIDTH, elementwise_affine=False)).to(DEVICE), torch.arange(7)
     expected = model(ids)
     if where == "by hand":
-        model, hook = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+        model, hook = accelerate.cpu_offload_with_hook(model, execution_device=DEVICE)
         assert_same_bits(model(ids), expected)
         hook.offload()
     else:
         offload = {"memory": accelerate.cpu_offload, "disk": partial(accelerate.disk_offload, offload_dir=tmp_path)}[where]
-        offload(model, execution_device="cpu")
+        offload(model, execution_device=DEVICE)
         assert model[0].weight.is_meta
     for _ in range(2):
         assert_same_bits(model(ids), expected)
@@ -300,11 +300,11 @@ TIED = {
 
 @pytest.mark.parametrize("make_tied", TIED.values(), ids=TIED)
 def test_one_weight_serves_the_embedding_and_the_head(make_tied):
-    model, ids = make_tied().to("cpu"), torch.arange(ROWS)
+    model, ids = make_tied().to(DEVICE), torch.arange(ROWS)
     assert model.tokens.weight is model.head.weight
     rows = model.tokens.dequantize()
     assert torch.allclose(model(ids), rows @ rows.t(), rtol=0.02, atol=0.2)
-    other = make_tied(seed=2).to("cpu")
+    other = make_tied(seed=2).to(DEVICE)
     other.load_state_dict(model.state_dict())
     assert_same_bits(other(ids), model(ids))
     assert other.tokens.weight is other.head.weight
@@ -344,7 +344,7 @@ def test_maps_over_a_batch_of_indices(make_kind, width):
 # ---------------------------------------------------------------------------------------------------------------- trained embeddings
 @pytest.mark.parametrize("kind", [Embedding, StableEmbedding])
 def test_trained_embeddings_take_every_argument(kind):
-    layer = kind(10, 8, padding_idx=3, max_norm=1.0, norm_type=1.0, scale_grad_by_freq=True, sparse=False, device="cpu", dtype=torch.bfloat16)
+    layer = kind(10, 8, padding_idx=3, max_norm=1.0, norm_type=1.0, scale_grad_by_freq=True, sparse=False, device=DEVICE, dtype=torch.bfloat16)
     assert (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq) == (3, 1.0, 1.0, True)
     assert layer.weight.dtype == torch.bfloat16 and layer.weight.requires_grad and layer.weight[3].eq(0).all()
     assert layer(torch.tensor([1, 3])).dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import io
 import pickle
 import weakref
 
-from helpers import assert_same_bits, bell, grid, raw_bytes
+from helpers import DEVICE, assert_same_bits, bell, grid, raw_bytes
 import pytest
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def values(experts=EXPERTS, out=OUT, width=IN, seed=1) -> torch.Tensor:
     return bell(experts * out * width, seed).reshape(experts, out, width)
 
 
-def make(experts=EXPERTS, width=IN, out=OUT, seed=1, device="cpu", **options) -> Experts4bit:
+def make(experts=EXPERTS, width=IN, out=OUT, seed=1, device=DEVICE, **options) -> Experts4bit:
     layer = Experts4bit(experts, width, out, **options)
     with torch.no_grad():
         layer.weight.copy_(values(experts, out, width, seed))
@@ -303,19 +303,19 @@ def test_a_quantised_model_is_copied_whole(duplicate):
 
 def test_offloaded_experts_are_refused_and_quantised_ones_can_be_offloaded():
     accelerate = pytest.importorskip("accelerate")
-    offloaded = accelerate.cpu_offload(model_of("olmoe"), execution_device="cpu")
+    offloaded = accelerate.cpu_offload(model_of("olmoe"), execution_device=DEVICE)
     with pytest.raises(RuntimeError, match="model.layers.0.mlp.experts"):
         quantize_experts(offloaded)
     model = model_of("olmoe")
     quantize_experts(model)
     with torch.no_grad():
         expected = model(IDS).logits
-        assert_same_bits(accelerate.cpu_offload(model, execution_device="cpu")(IDS).logits, expected)
+        assert_same_bits(accelerate.cpu_offload(model, execution_device=DEVICE)(IDS).logits, expected)
 
 
 def load_4bit(path):
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+    return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map=DEVICE)
 
 
 def test_a_model_is_saved_and_rebuilt_without_its_float_weights(tmp_path):
@@ -330,7 +330,7 @@ def test_a_model_is_saved_and_rebuilt_without_its_float_weights(tmp_path):
         rebuilt = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "quantised"))
         bnb.utils.replace_linear(rebuilt, bnb.nn.Linear4bit, skip_modules=None)
         quantize_experts(rebuilt)
-    rebuilt.load_state_dict(safetensors.load_file(tmp_path / "quantised" / "model.safetensors"), assign=True)
+    rebuilt.load_state_dict(safetensors.load_file(tmp_path / "quantised" / "model.safetensors", device=DEVICE), assign=True)
     with torch.no_grad():
         assert_same_bits(rebuilt.eval()(IDS).logits, model(IDS).logits)
 

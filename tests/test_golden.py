@@ -10,6 +10,7 @@ import shutil
 
 from golden import cases
 from helpers import (
+    DEVICE,
     assert_same_bits,
     bell,
     model_quantize_4bit,
@@ -35,12 +36,12 @@ PUBLISHED_PYTHON = os.environ.get("BNB_PUBLISHED_PYTHON")
 
 @pytest.fixture(scope="module")
 def four_bit():
-    return load_file(GOLDEN / "four_bit.safetensors")
+    return load_file(GOLDEN / "four_bit.safetensors", device=DEVICE)
 
 
 @pytest.fixture(scope="module")
 def eight_bit():
-    return load_file(GOLDEN / "eight_bit.safetensors")
+    return load_file(GOLDEN / "eight_bit.safetensors", device=DEVICE)
 
 
 def about(path: Path) -> dict:
@@ -61,12 +62,12 @@ def with_one_zero(packed: torch.Tensor, quant_type: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", cases.CODE_MAPS)
 def test_code_map(name):
     function, args = cases.CODE_MAPS[name]
-    assert_same_bits(getattr(F, function)(*args), load_file(GOLDEN / "codes.safetensors")[name])
+    assert_same_bits(getattr(F, function)(*args), load_file(GOLDEN / "codes.safetensors", device=DEVICE)[name])
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "af4"])
 def test_4bit_table(name):
-    assert_same_bits(F.get_4bit_type(name, device="cpu"), load_file(GOLDEN / "codes.safetensors")[name])
+    assert_same_bits(F.get_4bit_type(name, device=DEVICE), load_file(GOLDEN / "codes.safetensors", device=DEVICE)[name])
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,8 @@ def test_4bit_table(name):
         (lambda: F.create_fp8_map(), "0da7c4e2990b302a360d0664262e0bce8012809e65954885e9b573c00fd57b04"),
         (lambda: F.create_fp8_map(True, 4, 3, 8), "f3c007a4cafc83fe599bffde8d83c3b00a6c648306af949f2d0a051da02832aa"),
         (lambda: F.create_normal_map(), "695151d62a023d258f8c1b6d9eb7c67501d612a09af2473b5a046db7cf3436be"),
-        (lambda: F.get_4bit_type("nf4", device="cpu"), "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"),
-        (lambda: F.get_4bit_type("fp4", device="cpu"), "b830bcf8857895e5676b8e2ce608a60bb8af9b3ce6270073e9de34814196f09c"),
+        (lambda: F.get_4bit_type("nf4", device=DEVICE), "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"),
+        (lambda: F.get_4bit_type("fp4", device=DEVICE), "b830bcf8857895e5676b8e2ce608a60bb8af9b3ce6270073e9de34814196f09c"),
     ],
     ids=["dynamic", "dynamic_unsigned", "linear", "linear_unsigned", "fp8_e5m2", "fp8_e4m3", "normal", "nf4", "fp4"],
 )
@@ -223,7 +224,7 @@ def test_departure_from_the_published_result(name):
     """Each departure is real (one of the published kernel sets decides otherwise), and ours is what the rule says."""
     case = cases.departures()[name]
     codes, absmax = case.quantize(F)
-    published = [load_file(GOLDEN / f"departures_{kernels}.safetensors") for kernels in ("native", "torch")]
+    published = [load_file(GOLDEN / f"departures_{kernels}.safetensors", device=DEVICE) for kernels in ("native", "torch")]
     ours = raw_bytes(codes), raw_bytes(absmax)
     assert any((raw_bytes(p[f"{name}.codes"]), raw_bytes(p[f"{name}.absmax"])) != ours for p in published), case.reason
 
@@ -249,7 +250,7 @@ def test_packed_state(name):
 # ------------------------------------------------------------------------------------------------------------------------------ checkpoints
 def checkpoint(name: str) -> dict[str, torch.Tensor]:
     """A recorded state dict, in the order in which the published library wrote its keys."""
-    tensors = load_file(GOLDEN / f"layer_{name}.safetensors")
+    tensors = load_file(GOLDEN / f"layer_{name}.safetensors", device=DEVICE)
     order = about(GOLDEN / "layer_results.safetensors")[name]
     assert set(order) == set(tensors)
     return {key: tensors[key] for key in order}
@@ -269,11 +270,11 @@ def test_checkpoint_loads(name, destination):
     case = cases.layers()[name]
     layer = case.empty(bnb)
     if destination == "quantised":
-        layer = layer.to("cpu")
+        layer = layer.to(DEVICE)
     result = layer.load_state_dict(checkpoint(name), strict=True)
     assert not result.missing_keys and not result.unexpected_keys
     assert layer.weight.quant_state.dtype == case.dtype
-    assert_computes_the_same(layer, case, load_file(GOLDEN / "layer_results.safetensors")[name])
+    assert_computes_the_same(layer, case, load_file(GOLDEN / "layer_results.safetensors", device=DEVICE)[name])
 
 
 @pytest.mark.parametrize("name", cases.layers())
@@ -297,10 +298,10 @@ def assert_file_equals_recorded(layer, name, tmp_path):
 
 def test_torch_save_checkpoint_loads():
     case = cases.layers()[cases.PICKLED_LAYER]
-    state_dict = torch.load(GOLDEN / "layer.pt", weights_only=True)
+    state_dict = torch.load(GOLDEN / "layer.pt", weights_only=True, map_location=DEVICE)
     layer = case.empty(bnb)
     layer.load_state_dict(state_dict)
-    assert_computes_the_same(layer, case, load_file(GOLDEN / "layer_results.safetensors")[cases.PICKLED_LAYER])
+    assert_computes_the_same(layer, case, load_file(GOLDEN / "layer_results.safetensors", device=DEVICE)[cases.PICKLED_LAYER])
     ours = cases.layers()[cases.PICKLED_LAYER].quantised(bnb).state_dict()
     assert list(ours) == list(state_dict)
     for key, tensor in ours.items():
@@ -311,7 +312,7 @@ def test_torch_save_checkpoint_loads():
 def test_from_prequantized_reads_checkpoint(name):
     case, tensors = cases.layers()[name], checkpoint(name)
     statistics = {key: value for key, value in tensors.items() if key.startswith("weight.")}
-    weight = bnb.nn.Params4bit.from_prequantized(tensors["weight"], statistics, device="cpu")
+    weight = bnb.nn.Params4bit.from_prequantized(tensors["weight"], statistics, device=DEVICE)
     expected = case.quantised(bnb).weight
     assert weight.quant_type == case.quant_type and weight.quant_storage == case.storage and weight.compress_statistics == case.nested
     assert_same_bits(F.dequantize_4bit(weight.data, weight.quant_state), F.dequantize_4bit(expected.data, expected.quant_state))
@@ -345,7 +346,7 @@ def test_published_library_reads_our_checkpoints(tmp_path):
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     done = run_python(LOAD_WITH_PUBLISHED, str(tmp_path), str(tmp_path / "out"), interpreter=PUBLISHED_PYTHON, env=clean, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    theirs = load_file(tmp_path / "out")
+    theirs = load_file(tmp_path / "out", device=DEVICE)
     assert set(theirs) == set(expected)
     for name, values in expected.items():
         assert_same_bits(theirs[name], values)
@@ -369,7 +370,7 @@ def test_model_saved_by_transformers_and_published_library_loads_by_state_dict()
             if isinstance(child, torch.nn.Linear) and child_name != "lm_head":
                 size = (child.in_features, child.out_features)
                 setattr(module, child_name, bnb.nn.Linear4bit(*size, bias=False, compute_dtype=torch.float32, quant_type="nf4"))
-    recorded = load_file(GOLDEN / "llama" / "model.safetensors")
+    recorded = load_file(GOLDEN / "llama" / "model.safetensors", device=DEVICE)
     result = model.load_state_dict(recorded)
     assert not result.missing_keys and not result.unexpected_keys
     ours = model.state_dict()
@@ -384,17 +385,17 @@ def test_model_saved_by_transformers_and_published_library_loads_by_from_pretrai
     if not transformers.utils.is_bitsandbytes_available():
         pytest.skip("transformers sees bitsandbytes only when it is installed, not from the source tree")
     folder = shutil.copytree(GOLDEN / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("logits*"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE)
     assert_logits(model)
     model.save_pretrained(tmp_path / "again", save_original_format=False)  # transformers cannot undo its own conversion of 4-bit weights
-    again, recorded = load_file(tmp_path / "again" / "model.safetensors"), load_file(GOLDEN / "llama" / "model.safetensors")
+    again, recorded = (load_file(folder / "model.safetensors", device=DEVICE) for folder in (tmp_path / "again", GOLDEN / "llama"))
     assert set(again) == set(recorded)
     for key, tensor in recorded.items():
         assert_same_bits(again[key], tensor)
 
 
 def assert_logits(model):
-    expected = load_file(GOLDEN / "llama" / "logits.safetensors")["logits"]
+    expected = load_file(GOLDEN / "llama" / "logits.safetensors", device=DEVICE)["logits"]
     for mode in (True, False):
         with torch.no_grad():
             logits = model.train(mode)(cases.llama_tokens()).logits

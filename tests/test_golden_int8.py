@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from golden import cases
-from helpers import assert_same_bits, run_python
+from helpers import DEVICE, assert_same_bits, run_python
 import pytest
 from safetensors.torch import load_file
 import torch
@@ -19,7 +19,7 @@ every_layer = pytest.mark.parametrize("name", cases.int8_layers())
 
 @pytest.fixture(scope="module")
 def recorded():
-    return load_file(GOLDEN / "int8.safetensors")
+    return load_file(GOLDEN / "int8.safetensors", device=DEVICE)
 
 
 def assert_computes_the_same(layer, name, recorded):
@@ -51,9 +51,9 @@ def test_rows(name, recorded):
 @every_layer
 @pytest.mark.parametrize("when", ["new", "used"])
 def test_checkpoints_load_and_are_written_back(name, when, recorded):
-    saved = torch.load(GOLDEN / f"int8_{name}_{when}.pt", weights_only=True)
+    saved = torch.load(GOLDEN / f"int8_{name}_{when}.pt", weights_only=True, map_location=DEVICE)
     case = cases.int8_layers()[name]
-    for layer in (case.empty(bnb).to("cpu"), case.quantised(bnb)):
+    for layer in (case.empty(bnb).to(DEVICE), case.quantised(bnb)):
         layer.load_state_dict(saved)
         assert_computes_the_same(layer, name, recorded)
         written = layer.state_dict()
@@ -64,7 +64,7 @@ def test_checkpoints_load_and_are_written_back(name, when, recorded):
 
 @every_layer
 def test_a_newly_quantised_layer_is_the_published_one(name, recorded):
-    layer, saved = cases.int8_layers()[name].quantised(bnb), torch.load(GOLDEN / f"int8_{name}_new.pt", weights_only=True)
+    layer, saved = cases.int8_layers()[name].quantised(bnb), torch.load(GOLDEN / f"int8_{name}_new.pt", weights_only=True, map_location=DEVICE)
     for key, tensor in layer.state_dict().items():
         assert_same_bits(tensor, saved[key])
     assert_computes_the_same(layer, name, recorded)
@@ -72,7 +72,7 @@ def test_a_newly_quantised_layer_is_the_published_one(name, recorded):
 
 @every_layer
 def test_pickled_modules_load(name, recorded):
-    layer = torch.load(GOLDEN / f"int8_{name}_module.pt", weights_only=False)
+    layer = torch.load(GOLDEN / f"int8_{name}_module.pt", weights_only=False, map_location=DEVICE)
     assert type(layer.weight) is bnb.nn.Int8Params and layer.state.threshold == cases.int8_layers()[name].threshold
     assert_computes_the_same(layer, name, recorded)
 
@@ -100,4 +100,4 @@ def test_the_published_library_reads_our_checkpoints(name, recorded, tmp_path):
     arguments = [str(tmp_path / "saved.pt"), str(case.threshold), str(tmp_path / "x.pt"), str(tmp_path / "out.pt")]
     done = run_python(LOAD_WITH_PUBLISHED, *arguments, interpreter=PUBLISHED_PYTHON, env=clean, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_same_bits(torch.load(tmp_path / "out.pt"), recorded[f"{name}.result"])
+    assert_same_bits(torch.load(tmp_path / "out.pt", map_location=DEVICE), recorded[f"{name}.result"])

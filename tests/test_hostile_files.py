@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+from helpers import DEVICE
 import pytest
 from safetensors.torch import load_file
 import torch
@@ -25,7 +26,7 @@ def layer_of(path: Path, where: str) -> torch.nn.Module:
     if where == "meta":
         with torch.device("meta"):
             return LAYERS[kind]()
-    return LAYERS[kind]().to("cpu") if where == "quantised" else LAYERS[kind]()
+    return LAYERS[kind]().to(DEVICE) if where == "quantised" else LAYERS[kind]()
 
 
 def contents(layer: torch.nn.Module) -> dict:
@@ -64,7 +65,7 @@ def test_a_hostile_state_is_refused_by_whoever_reads_it(path):
     saved = load_file(path)
     statistics = {key: value for key, value in saved.items() if key.startswith("weight.")}
     try:
-        state = bnb.functional.QuantState.from_dict(statistics, "cpu")
+        state = bnb.functional.QuantState.from_dict(statistics, DEVICE)
     except (ValueError, AssertionError) as error:
         assert len(str(error)) > 15
         return
@@ -92,7 +93,7 @@ def test_a_hostile_optimizer_state_is_refused_and_leaves_the_optimizer_as_it_was
 
 
 # ------------------------------------------------------------------------------------------------------ what no file holds, but a dict may
-WITHOUT_DATA = [("meta", lambda tensor: tensor.to("meta")), ("sparse", lambda tensor: tensor.to_sparse())]
+WITHOUT_DATA = [("meta", lambda tensor: tensor.to("meta")), ("sparse", lambda tensor: tensor.cpu().to_sparse())]
 
 
 @pytest.mark.parametrize("damage", [damage for _, damage in WITHOUT_DATA], ids=[name for name, _ in WITHOUT_DATA])
@@ -101,7 +102,7 @@ WITHOUT_DATA = [("meta", lambda tensor: tensor.to("meta")), ("sparse", lambda te
     [("linear4bit", "weight"), ("linear4bit", "weight.absmax"), ("linear4bit", "weight.quant_map"), ("linear8bit", "weight"), ("linear8bit", "SCB")],
 )
 def test_tensors_without_data_are_refused(kind, key, damage):
-    layer = LAYERS[kind]().to("cpu")
+    layer = LAYERS[kind]().to(DEVICE)
     before, saved = contents(layer), dict(layer.state_dict())
     with pytest.raises(RuntimeError, match="dense tensor with data") as caught:
         layer.load_state_dict(saved | {key: damage(saved[key])})
@@ -110,6 +111,6 @@ def test_tensors_without_data_are_refused(kind, key, damage):
 
 
 def test_a_weight_on_the_meta_device_may_be_assigned():
-    layer = LAYERS["linear4bit"]().to("cpu")
+    layer = LAYERS["linear4bit"]().to(DEVICE)
     layer.load_state_dict({key: value.to("meta") if key == "weight" else value for key, value in layer.state_dict().items()}, assign=True)
     assert layer.weight.is_meta

@@ -12,7 +12,7 @@ from pathlib import Path
 import random
 import sys
 
-from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, bell, model_quantize_4bit, run_python
+from helpers import BLOCKSIZES_4BIT, DEVICE, FLOAT_DTYPES, QUANT_TYPES, bell, model_quantize_4bit, run_python
 import pytest
 import torch
 
@@ -32,7 +32,7 @@ def _good_calls() -> dict[str, dict]:
     _, nested = F.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
     statistics = dict(absmax_8bit=nested.absmax, absmax_code=nested.state2.code, absmax_offset=nested.offset)
     A, codes = bell(3 * 130).reshape(3, 130), torch.arange(250, dtype=torch.uint8).reshape(10, 25)
-    code16, code256 = F.get_4bit_type("nf4", device="cpu"), F.create_dynamic_map()
+    code16, code256 = F.get_4bit_type("nf4", device=DEVICE), F.create_dynamic_map()
     int8 = partial(torch.full, fill_value=3, dtype=torch.int8)
     rows, columns, hyper = torch.ones(10), torch.ones(30), dict(beta1=0.9, beta2=0.99, beta3=0.999, alpha=2.0, eps=1e-8)
     dequantise = dict(A=packed, absmax=absmax, blocksize=64, quant_type="nf4", shape=[24, 130], dtype=torch.float32)
@@ -301,7 +301,7 @@ def test_products_of_empty_matrices(M, N, K, dtype):
     bias = bell(N).to(dtype)
     y = ops.gemm_4bit(torch.ones(M, K, dtype=dtype), packed, [N, K], absmax, 64, "nf4", bias)
     assert torch.equal(y, bias.expand(M, N))
-    y = ops.gemv_4bit(torch.ones(M, K, dtype=dtype), packed, [N, K], absmax, F.get_4bit_type("nf4", device="cpu"), 64)
+    y = ops.gemv_4bit(torch.ones(M, K, dtype=dtype), packed, [N, K], absmax, F.get_4bit_type("nf4", device=DEVICE), 64)
     assert torch.equal(y, torch.zeros(M, N, dtype=dtype))
 
 

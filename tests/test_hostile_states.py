@@ -3,7 +3,7 @@
 import json
 import random
 
-from helpers import bell
+from helpers import DEVICE, bell
 import pytest
 import torch
 
@@ -59,7 +59,7 @@ CHANGED_VALUES = [
 def refused(d: dict):
     before = dict(d)
     with pytest.raises((ValueError, TypeError, AssertionError, RuntimeError)) as caught:
-        QuantState.from_dict(d, "cpu")
+        QuantState.from_dict(d, DEVICE)
     assert not isinstance(caught.value, RecursionError) and len(str(caught.value)) > 15
     assert list(d) == list(before) and all(d[key] is before[key] for key in before), "the caller's dict was changed"
 
@@ -147,7 +147,7 @@ def test_random_damage_to_a_state_is_refused_or_harmless():
         for _ in range(generator.randint(1, 4)):
             damaged[generator.randrange(damaged.numel())] = generator.randrange(256)
         try:
-            state = QuantState.from_dict(d | {KEY: damaged}, "cpu")
+            state = QuantState.from_dict(d | {KEY: damaged}, DEVICE)
             F.dequantize_4bit(packed, state)
         except (ValueError, TypeError, AssertionError, RuntimeError):
             continue

@@ -9,7 +9,7 @@ from torch import nn
 
 from bitsandbytes.nn import Int8Params, Linear8bitLt
 from bitsandbytes.nn.modules import maybe_rearrange_weight
-from tests.helpers import raw_bytes
+from tests.helpers import DEVICE, raw_bytes
 
 IN, OUT = 32, 24
 
@@ -19,7 +19,7 @@ def fresh(bias=True, **kwargs) -> Linear8bitLt:
 
 
 def quantised(bias=True, **kwargs) -> Linear8bitLt:
-    return fresh(bias, **kwargs).to("cpu")
+    return fresh(bias, **kwargs).to(DEVICE)
 
 
 def used() -> Linear8bitLt:
@@ -67,7 +67,7 @@ def test_the_keys_are_the_published_ones(make):
     assert snapshot(linear) == before
 
 
-@pytest.mark.parametrize("make", [fresh, on_meta, with_plain_weight, lambda: fresh(has_fp16_weights=True).to("cpu")])
+@pytest.mark.parametrize("make", [fresh, on_meta, with_plain_weight, lambda: fresh(has_fp16_weights=True).to(DEVICE)])
 def test_a_layer_that_is_not_quantised_saves_as_a_linear_layer(make):
     assert list(make().state_dict()) == ["weight", "bias"]
 
@@ -134,7 +134,7 @@ def test_a_float_checkpoint_is_quantised_on_the_way_in(make, assign, dtype):
     expected = fresh()
     expected.load_state_dict(source.state_dict(), assign=True)
     expected.bias = linear.bias
-    assert_equal_layers(linear, expected.to("cpu"))
+    assert_equal_layers(linear, expected.to(DEVICE))
 
 
 @pytest.mark.parametrize("assign", [True, False])
@@ -143,7 +143,7 @@ def test_a_float_checkpoint_in_an_unquantised_layer_is_quantised_when_it_moves(m
     source, linear = nn.Linear(IN, OUT), make()
     linear.load_state_dict(source.state_dict(), assign=assign)
     assert type(linear.weight) is Int8Params and torch.equal(linear.weight.data, source.weight)
-    linear.to("cpu")
+    linear.to(DEVICE)
     assert torch.equal(linear.weight.SCB, source.weight.abs().amax(1))
 
 

@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid, run_python, sawtooth, sha, short_name
+from helpers import FLOAT_DTYPES, assert_same_bits, bell, from_numpy, grid, run_python, sawtooth, seeded, sha, short_name
 from hypothesis import example, given
 from hypothesis import strategies as st
 import numpy as np
@@ -23,7 +23,7 @@ EXTREMES = st.sampled_from(["random", "120 to 127", "all 127", "all -128", "127 
 
 
 def int8_matrix(rows, columns, seed=0):
-    return torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=seeded(seed))
 
 
 def model_lines(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,17 +36,17 @@ def model_lines(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 def model_quant(A: torch.Tensor, threshold: float = 0.0):
     """What int8_vectorwise_quant must return, and the matrix without its outliers."""
-    x = A.to(torch.float32).reshape(-1, A.shape[-1]).numpy().copy()
+    x = A.to(torch.float32).reshape(-1, A.shape[-1]).cpu().numpy().copy()
     outliers = np.abs(x) >= np.float32(threshold) if threshold > 0 else np.zeros_like(x, dtype=bool)
     x[outliers] = 0
     codes, stats = model_lines(x, axis=1)
     columns = np.flatnonzero(outliers.any(axis=0))
     codes[:, columns] = 0
-    return torch.from_numpy(codes).view(A.shape), torch.from_numpy(stats), torch.from_numpy(columns), x
+    return from_numpy(codes).view(A.shape), from_numpy(stats), from_numpy(columns), x
 
 
 def exact_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy((A.numpy().astype(np.int64) @ B.numpy().astype(np.int64).T).astype(np.int32))
+    return from_numpy((A.cpu().numpy().astype(np.int64) @ B.cpu().numpy().astype(np.int64).T).astype(np.int32))
 
 
 # ------------------------------------------------------------------------------------------------------------------ quantisation
@@ -130,7 +130,7 @@ def test_empty_inputs(shape, threshold):
 @given(A=float_tensors().filter(lambda A: A.shape[-1] > 0), threshold=st.sampled_from([0.0, 1.5]))
 def test_double_quantisation_does_rows_and_columns(A, threshold):
     row_codes, row_stats, columns, matrix = model_quant(A, threshold)
-    col_codes, col_stats = (torch.from_numpy(t) for t in model_lines(matrix, axis=0))
+    col_codes, col_stats = (from_numpy(t) for t in model_lines(matrix, axis=0))
     actual = ops.int8_double_quant(A, threshold)
     assert_same_bits(actual[0], row_codes)
     assert_same_bits(actual[1], col_codes.view(A.shape))
@@ -153,8 +153,8 @@ def test_a_round_trip_is_within_half_a_step(A):
 
 def test_dequantisation_multiplies_by_the_statistic_first():
     codes, stats = int8_matrix(9, 31), bell(9).abs()
-    expected = (codes.numpy().astype(np.float32) * stats.numpy()[:, None]) * np.float32(1 / 127)
-    assert_same_bits(ops.int8_vectorwise_dequant(codes, stats), torch.from_numpy(expected))
+    expected = (codes.cpu().numpy().astype(np.float32) * stats.cpu().numpy()[:, None]) * np.float32(1 / 127)
+    assert_same_bits(ops.int8_vectorwise_dequant(codes, stats), from_numpy(expected))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- product
@@ -213,11 +213,11 @@ def test_operands_and_result_may_be_strided():
 
 # -------------------------------------------------------------------------------------------------------------- way back, composed
 def model_mm_dequant(product, row_stats, col_stats, bias, dtype):
-    scale = row_stats.numpy().reshape(-1, 1) * col_stats.numpy().reshape(1, -1)
-    values = product.numpy().reshape(scale.shape).astype(np.float32) * scale * np.float32(1 / (127 * 127))
+    scale = row_stats.cpu().numpy().reshape(-1, 1) * col_stats.cpu().numpy().reshape(1, -1)
+    values = product.cpu().numpy().reshape(scale.shape).astype(np.float32) * scale * np.float32(1 / (127 * 127))
     if bias is not None:
-        values = values + bias.to(torch.float32).numpy()
-    return torch.from_numpy(values.astype(np.float32)).to(dtype).view(product.shape)
+        values = values + bias.to(torch.float32).cpu().numpy()
+    return from_numpy(values.astype(np.float32)).to(dtype).view(product.shape)
 
 
 @grid(dtype=FLOAT_DTYPES, bias_dtype=[None, *FLOAT_DTYPES], shape=[(6, 10), (2, 3, 10), (10,), (0, 10)])

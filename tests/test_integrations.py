@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import io
 
 import accelerate
+from helpers import DEVICE
 import peft
 import pytest
 from small_llama import IDS, difference, load, logits, one_thread, saved, trained, with_adapter  # noqa: F401
@@ -145,7 +146,7 @@ def test_models_are_copied_pickled_moved_and_dequantised(kind, after_inference, 
     torch.save(model, buffer := io.BytesIO())
     buffer.seek(0)
     pickled = torch.load(buffer, weights_only=False)
-    for same in (other, pickled, model.to("cpu")):
+    for same in (other, pickled, model.to(DEVICE)):
         assert torch.equal(logits(same), expected)
     assert pickled.num_parameters() == model.num_parameters()
     for dense in (pickled, model):
@@ -196,9 +197,9 @@ def test_offloading(kind, changes, where, quantised, tmp_path):
     expected = logits(model)
     accelerate.hooks.remove_hook_from_submodules(model)
     if where == "memory":
-        accelerate.cpu_offload(model, execution_device="cpu")
+        accelerate.cpu_offload(model, execution_device=DEVICE)
     else:
-        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+        accelerate.disk_offload(model, tmp_path, execution_device=DEVICE)
     assert all(layer.weight.is_meta for layer in quantised_layers(model))
     for _ in range(3):
         assert torch.equal(logits(model), expected)
@@ -214,7 +215,7 @@ def test_dispatching_by_a_device_map(kind, quantised, tmp_path):
     expected = logits(model)
     accelerate.hooks.remove_hook_from_submodules(model)
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
-    model = accelerate.dispatch_model(model, {**device_map, "lm_head": "cpu"}, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    model = accelerate.dispatch_model(model, {**device_map, "lm_head": "cpu"}, main_device=DEVICE, offload_dir=tmp_path, force_hooks=True)
     assert torch.equal(logits(model), expected) and torch.equal(logits(model), expected)
 
 
@@ -239,7 +240,7 @@ def test_training_is_the_same_with_checkpointing_evaluation_and_offload(kind, ch
             model = with_adapter(quantised(kind, **changes), reentrant)
             if offloaded:
                 for layer in quantised_layers(model.base_model.model.model.layers[0]):
-                    accelerate.cpu_offload(layer, execution_device="cpu")
+                    accelerate.cpu_offload(layer, execution_device=DEVICE)
             assert trained(model, evaluate=evaluate) == expected, (reentrant, evaluate)
 
 

@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 import bitsandbytes as bnb
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
-from tests.helpers import FLOAT_DTYPES, STORAGE_DTYPES, raw_bytes
+from tests.helpers import DEVICE, FLOAT_DTYPES, STORAGE_DTYPES, raw_bytes
 
 IN, OUT = 96, 48
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def layer(in_features=IN, out_features=OUT, bias=True, quant_type="nf4", **kwargs) -> Linear4bit:
-    return Linear4bit(in_features, out_features, bias, quant_type=quant_type, **kwargs).to("cpu")
+    return Linear4bit(in_features, out_features, bias, quant_type=quant_type, **kwargs).to(DEVICE)
 
 
 def dense(linear: Linear4bit, x: torch.Tensor) -> torch.Tensor:
@@ -147,9 +147,9 @@ def test_nothing_else_is_said(caplog, recwarn):
 @pytest.mark.parametrize("quantised", [True, False])
 def test_autocast_is_followed_as_by_linear(dtype, compute_dtype, quantised):
     linear = Linear4bit(IN, OUT, compute_dtype=compute_dtype, quant_type="nf4")
-    linear = linear.to("cpu") if quantised else linear
+    linear = linear.to(DEVICE) if quantised else linear
     x = torch.randn(3, IN, requires_grad=True)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         result = linear(x)
     result.sum().backward()
     assert result.dtype is dtype and x.grad.dtype is linear.bias.grad.dtype is linear.bias.dtype is torch.float32
@@ -371,10 +371,10 @@ def test_the_first_move_quantises_and_keeps_the_parameter():
     weight = linear.weight
     linear.half()
     assert linear.weight is weight and type(weight) is Params4bit and weight.dtype is torch.float16 and linear.quant_state is None
-    linear.to("cpu")
+    linear.to(DEVICE)
     assert linear.weight is weight and linear.quant_state is weight.quant_state and weight.quant_state.dtype is torch.float16
     state = linear.quant_state
-    linear.to("cpu").cpu()
+    linear.to(DEVICE).to(DEVICE)
     assert linear.weight is weight and linear.quant_state is weight.quant_state is state
 
 
@@ -400,24 +400,24 @@ def test_to_meta_and_back_by_loading():
 
 def test_meta_cannot_simply_move():
     with pytest.raises(NotImplementedError, match="load_state_dict"):
-        Linear4bit(IN, OUT, device="meta").to("cpu")
+        Linear4bit(IN, OUT, device="meta").to(DEVICE)
 
 
 def test_to_empty_keeps_the_class_and_recipe():
-    linear = LinearNF4(IN, OUT, compress_statistics=False, device="meta").to_empty(device="cpu")
+    linear = LinearNF4(IN, OUT, compress_statistics=False, device="meta").to_empty(device=DEVICE)
     assert type(linear.weight) is Params4bit and linear.weight.quant_type == "nf4" and linear.weight.shape == (OUT, IN)
     linear.load_state_dict(nn.Linear(IN, OUT).state_dict())
-    linear.to("cpu")
+    linear.to(DEVICE)
     assert linear.quant_state.quant_type == "nf4" and not linear.quant_state.nested
 
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_deep_copy_is_a_layer_of_its_own(moved):
     model = nn.Sequential(Linear4bit(IN, OUT, quant_type="nf4"))
-    model = model.to("cpu") if moved else model
+    model = model.to(DEVICE) if moved else model
     other = copy.deepcopy(model)
     assert other[0].weight.module is other[0] and model[0].weight.module is model[0]
-    other.to("cpu")
+    other.to(DEVICE)
     assert other[0].quant_state is other[0].weight.quant_state is not None
     assert (model[0].quant_state is None) == (not moved) and other[0].quant_state is not model[0].quant_state
 
@@ -432,7 +432,7 @@ def test_state_survives_copying_and_then_losing_the_weight():
 def test_layers_that_share_a_weight_share_its_state():
     first, second = Linear4bit(IN, OUT, False), Linear4bit(IN, OUT, False)
     second.weight = first.weight
-    nn.ModuleList([first, second]).to("cpu")
+    nn.ModuleList([first, second]).to(DEVICE)
     x = torch.randn(2, IN)
     assert first.weight is second.weight and first.quant_state is second.quant_state is not None
     assert torch.equal(first(x), second(x))
@@ -450,7 +450,7 @@ def test_share_memory_shares_everything():
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_saved_layer_comes_back_whole(weights_only, moved, nested):
     linear, x = LinearNF4(IN, OUT, compress_statistics=nested), torch.randn(2, IN)
-    linear = linear.to("cpu") if moved else linear
+    linear = linear.to(DEVICE) if moved else linear
     expected = linear(x)
     torch.save(linear, buffer := io.BytesIO())
     buffer.seek(0)
@@ -482,7 +482,7 @@ def test_a_subclass_with_its_own_forward_works():
             bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
             return 2 * bnb.matmul_4bit(x, self.weight.t(), bias=None, quant_state=self.weight.quant_state)
 
-    linear, x = Scaled(IN, OUT, quant_type="nf4", device="cpu").to("cpu"), torch.randn(2, IN)
+    linear, x = Scaled(IN, OUT, quant_type="nf4", device=DEVICE).to(DEVICE), torch.randn(2, IN)
     torch.testing.assert_close(linear(x), 2 * x @ linear.weight.dequantize().t())
 
 
@@ -526,7 +526,7 @@ def test_compiles_under_autocast_and_checkpointing(compiled):
         def forward(self, x):
             return checkpoint(self.linear, checkpoint(self.linear, x, use_reentrant=False), use_reentrant=False)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected, result = linear(linear(x)), compiled(Twice())(x)
     assert torch.equal(result, expected)
     torch.testing.assert_close(torch.autograd.grad(result.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])

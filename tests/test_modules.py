@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 
-from helpers import assert_same_bits, bell, grid, raw_bytes, run_python
+from helpers import DEVICE, assert_same_bits, bell, cpu_only, grid, raw_bytes, run_python
 import pytest
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ FOUR_BIT = [name for name in LAYERS if "8bit" not in name]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def make(name: str, device: str = "cpu") -> nn.Module:
+def make(name: str, device: str = DEVICE) -> nn.Module:
     torch.manual_seed(3)
     layer = LAYERS[name][0]().eval()
     return layer if device == "unquantised" else layer.to(device)
@@ -45,9 +45,9 @@ def statistics_of(layer: nn.Module) -> list[torch.Tensor]:
 def test_the_weight_is_quantised_by_the_first_move_and_stays_the_same_object(name):
     layer = make(name, "unquantised")
     weight = layer.weight
-    assert layer.to("cpu").weight is weight and type(weight).__name__ in ("Params4bit", "Int8Params")
+    assert layer.to(DEVICE).weight is weight and type(weight).__name__ in ("Params4bit", "Int8Params")
     before = raw_bytes(weight.data)
-    assert_same_bits(output(name, layer.to("cpu")), output(name, make(name)))
+    assert_same_bits(output(name, layer.to(DEVICE)), output(name, make(name)))
     assert layer.weight is weight and raw_bytes(weight.data) == before
 
 
@@ -85,9 +85,9 @@ def test_offloading_gives_the_same_result(name, where, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = nn.Sequential(make(name)) if name != "Experts4bit" else make(name)
     if where == "cpu":
-        accelerate.cpu_offload(model, execution_device="cpu")
+        accelerate.cpu_offload(model, execution_device=DEVICE)
     else:
-        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+        accelerate.disk_offload(model, tmp_path, execution_device=DEVICE)
     expected = output(name, make(name))
     for _ in range(2):
         assert_same_bits(output(name, model), expected)
@@ -99,12 +99,12 @@ def test_offloading_gives_the_same_result(name, where, tmp_path):
 def test_copies_are_independent_and_whole(name, quantised):
     layer = make(name, "cpu" if quantised else "unquantised")
     replica = copy.deepcopy(layer)
-    replica.to("cpu")
+    replica.to(DEVICE)
     assert_same_bits(output(name, replica), output(name, make(name)))
     assert getattr(layer.weight, "quant_state", None) is not getattr(replica.weight, "quant_state", layer)
     with torch.no_grad():
         replica.weight.data.zero_()
-    assert_same_bits(output(name, layer.to("cpu")), output(name, make(name)))
+    assert_same_bits(output(name, layer.to(DEVICE)), output(name, make(name)))
 
 
 @every_layer
@@ -139,6 +139,7 @@ def test_only_its_own_entries_are_read(name):
         other.load_state_dict({**saved, "x.b.SCB": torch.ones(2)})
 
 
+@cpu_only("gloo, which joins processes here, moves memory of the host")
 def test_4bit_layers_compute_sharded_and_save_their_statistics():
     """One process is enough: under FSDP2 the parameter is a distributed tensor without the class and attributes of ours."""
     done = run_python(

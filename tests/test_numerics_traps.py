@@ -8,6 +8,7 @@ import copy
 import warnings
 
 from helpers import (
+    DEVICE,
     FLOAT_DTYPES,
     FP4_BY_MAGNITUDE,
     FP4_THRESHOLDS,
@@ -207,7 +208,7 @@ def test_8bit_infinity_stays_visible_kept():
 
 def test_8bit_tail_is_scaled_as_a_full_block():
     code = F.create_dynamic_map()
-    midpoints = ((code[1:] + code[:-1]) * 0.5).numpy()
+    midpoints = ((code[1:] + code[:-1]) * 0.5).cpu().numpy()
     for absmax in np.random.default_rng(1).uniform(0.5, 2, 10).astype(np.float32):
         near = [np.float32(m * absmax) for m in midpoints]
         A = torch.tensor([absmax, *near])
@@ -218,7 +219,7 @@ def test_8bit_tail_is_scaled_as_a_full_block():
 
 def test_signed_code_lacks_minus_one_kept():
     code = F.create_dynamic_map()
-    assert code[0] == pytest.approx(-0.99296874) and code[127] == 0 and code[255] == 1
+    assert code[0].item() == pytest.approx(-0.99296874) and code[127] == 0 and code[255] == 1
 
 
 def test_signed_linear_code_is_off_centre_kept():
@@ -228,13 +229,13 @@ def test_signed_linear_code_is_off_centre_kept():
 
 def test_two_bit_floats_are_not_the_fp4_table_kept():
     code = F.create_fp8_map(True, 2, 1, 4)
-    assert code[code > 0].min() == pytest.approx(1 / 48) and F.get_4bit_type("fp4", device="cpu")[1] == pytest.approx(1 / 192)
+    assert code[code > 0].min().item() == pytest.approx(1 / 48) and F.get_4bit_type("fp4", device=DEVICE)[1].item() == pytest.approx(1 / 192)
 
 
 def test_tables_are_made_without_a_gpu():
     """The default device is a CUDA one where there is one."""
     assert F.get_4bit_type("nf4").shape == (16,)
-    assert F.get_4bit_type("int4", device="cpu").shape == (16,)
+    assert F.get_4bit_type("int4", device=DEVICE).shape == (16,)
 
 
 # ------------------------------------------------------------------------------------------------------------------ every operator everywhere
@@ -281,7 +282,7 @@ def test_reading_a_state_leaves_the_callers_dict_alone():
     _, state = F.quantize_4bit(bell(4096), quant_type="nf4", compress_statistics=True)
     given = state.as_dict(packed=True)
     before = dict(given)
-    assert F.QuantState.from_dict(given, "cpu") == state
+    assert F.QuantState.from_dict(given, DEVICE) == state
     assert list(given) == list(before)
 
 
@@ -318,7 +319,7 @@ def test_gemv_with_a_table_of_the_callers_own():
 @pytest.mark.parametrize("out_features, in_features", [(10, 64), (64, 96), (33, 65), (1, 8), (32, 33), (64, 32)])
 @pytest.mark.parametrize("training", [True, False])
 def test_layers_of_any_size_compute(out_features, in_features, training):
-    layer = bnb.nn.LinearNF4(in_features, out_features).to("cpu").train(training)
+    layer = bnb.nn.LinearNF4(in_features, out_features).to(DEVICE).train(training)
     x = bell(2 * in_features).reshape(2, in_features)
     with torch.no_grad():
         y = layer(x)
@@ -377,7 +378,7 @@ def test_product_is_no_worse_than_dequantising_and_multiplying(quant_type, dtype
     W = bell(N * K).reshape(N, K) / 32
     layer = bnb.nn.Linear4bit(K, N, bias=False, quant_type=quant_type, compute_dtype=dtype)
     layer.weight.data = W
-    layer = layer.to("cpu").train(mode == "train")
+    layer = layer.to(DEVICE).train(mode == "train")
     dense = model_dequantize_4bit(*model_state(layer), (N, K), torch.float32)
     x = (bell(M * K, 5).reshape(M, K) + mean).to(dtype)
     with torch.no_grad():
@@ -389,7 +390,7 @@ def test_product_is_no_worse_than_dequantising_and_multiplying(quant_type, dtype
 
 
 def test_fp32_layer_computes_in_fp32_in_eval_mode():
-    layer = bnb.nn.LinearNF4(256, 64, compute_dtype=torch.float32).to("cpu")
+    layer = bnb.nn.LinearNF4(256, 64, compute_dtype=torch.float32).to(DEVICE)
     x = bell(4 * 256).reshape(4, 256)
     with torch.no_grad():
         trained, evaluated = layer.train()(x), layer.eval()(x)
@@ -397,7 +398,7 @@ def test_fp32_layer_computes_in_fp32_in_eval_mode():
 
 
 def test_reading_a_layer_after_inference_gives_its_weight():
-    layer = bnb.nn.LinearNF4(256, 64).to("cpu").eval()
+    layer = bnb.nn.LinearNF4(256, 64).to(DEVICE).eval()
     before = F.dequantize_4bit(layer.weight.data, copy.deepcopy(layer.weight.quant_state))
     with torch.no_grad():
         layer(bell(256).reshape(1, 256))
@@ -406,7 +407,7 @@ def test_reading_a_layer_after_inference_gives_its_weight():
 
 def test_levels_are_what_the_format_says_kept():
     for quant_type in QUANT_TYPES:
-        assert F.get_4bit_type(quant_type, device="cpu").tolist() == LEVELS[quant_type].tolist()
+        assert F.get_4bit_type(quant_type, device=DEVICE).tolist() == LEVELS[quant_type].tolist()
 
 
 def test_quantising_warns_of_nothing_kept():

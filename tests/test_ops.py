@@ -2,6 +2,7 @@
 
 from helpers import (
     BLOCKSIZES_4BIT,
+    DEVICE,
     FLOAT_DTYPES,
     QUANT_TYPES,
     STORAGE_DTYPES,
@@ -156,7 +157,7 @@ def calls_of_gemv_4bit():
     for dtype in FLOAT_DTYPES:
         for quant_type in QUANT_TYPES:
             packed, absmax = weight(quant_type=quant_type)
-            code = F.get_4bit_type(quant_type, device="cpu")
+            code = F.get_4bit_type(quant_type, device=DEVICE)
             yield (bell(3 * 128).reshape(3, 1, 128).to(dtype), packed, [24, 128], absmax, code, 64), {}
 
 
@@ -453,7 +454,7 @@ def assert_within_rounding(y, A, W, bias, slack=4):
 def test_gemv_4bit_fills_every_row(quant_type, dtype, M):
     packed, absmax = weight((50, 96), quant_type)
     A = bell(M * 96).reshape(M, 1, 96).to(dtype)
-    y = ops.gemv_4bit(A, packed, [50, 96], absmax, F.get_4bit_type(quant_type, device="cpu"), 64)
+    y = ops.gemv_4bit(A, packed, [50, 96], absmax, F.get_4bit_type(quant_type, device=DEVICE), 64)
     assert y.shape == (M, 1, 50)
     assert_within_rounding(y, A, ops.dequantize_4bit(packed, absmax, 64, quant_type, [50, 96], torch.float32), None)
 

@@ -1,6 +1,6 @@
 """What the optimizers compute: torch.optim and the papers, step by step over hundreds of steps, and every option that changes it."""
 
-from helpers import FLOAT_DTYPES, assert_same_bits, bell, grid
+from helpers import DEVICE, FLOAT_DTYPES, assert_same_bits, bell, from_numpy, grid, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from lion_pytorch import Lion as ReferenceLion
@@ -70,7 +70,7 @@ TORCH_STATES = ("exp_avg", "momentum_buffer", "square_avg", "sum", "m1_m2")
 
 
 def gradients(shape, steps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (torch.randn(shape, generator=generator) * 0.1 for _ in range(steps))
 
 
@@ -316,7 +316,7 @@ def test_random_numbers_are_those_of_the_description():
         return x
 
     assert [mix(x) for x in (0, 1, 12345)] == [lowbias32(x) for x in (0, 1, 12345)]
-    random = random_16_bits(torch.Size([3, 5]), seed=42, step=7, device=torch.device("cpu"))
+    random = random_16_bits(torch.Size([3, 5]), seed=42, step=7, device=torch.device(DEVICE))
     key = lowbias32((lowbias32(42) + 7) & 0xFFFFFFFF)
     assert random.view(-1).tolist() == [lowbias32(i ^ key) >> 16 for i in range(15)]
 
@@ -339,14 +339,14 @@ def test_an_adam_step_is_made_of_the_documented_operations(n):
     state = [m.clone(), v.clone()]
     value = p.clone()
     ops.optimizer_step([value], [g], state, [], [], [], "adam", step, LR, b1, b2, 0.0, 0.0, eps, wd)
-    p, g, m, v = (x.numpy() for x in (p, g, m, v))
+    p, g, m, v = (x.cpu().numpy() for x in (p, g, m, v))
     mean = fma(f32(1 - b1), g, m * f32(b1))
     square = fma(f32(1 - b2) * g, g, v * f32(b2))
     c1, c2 = 1 - b1**step, (1 - b2**step) ** 0.5
     direction = mean / (np.sqrt(square) + f32(c2 * eps))
     expected = fma(f32(-LR * (c2 / c1)), direction, p * f32(1 - LR * wd))
     for actual, wanted in zip((*state, value), (mean, square, expected)):
-        assert_same_bits(actual, torch.from_numpy(wanted))
+        assert_same_bits(actual, from_numpy(wanted))
 
 
 def arguments(count=2, n=300, bits=32, algorithm="adam", moments=2, **settings):

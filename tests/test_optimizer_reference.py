@@ -1,6 +1,6 @@
 """Optimizer steps with 32-bit and with 8-bit states, against torch.optim and against formulas in float64."""
 
-from helpers import assert_same_bits, bell, grid, sawtooth, sha
+from helpers import assert_same_bits, bell, from_numpy, grid, sawtooth, sha
 from hypothesis import given
 from hypothesis import strategies as st
 from lion_pytorch import Lion
@@ -326,7 +326,7 @@ def test_a_second_moment_that_overflows_takes_its_mean_along():
 # --------------------------------------------------------------------------------------------------------------------- 8-bit states
 def model_quantise(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and absmax of one moment, with the sign rule, in NumPy."""
-    x, c = values.reshape(-1).numpy(), code.numpy()
+    x, c = values.reshape(-1).cpu().numpy(), code.cpu().numpy()
     blocks = -(-x.size // 256)
     absmax = np.abs(np.pad(x, (0, blocks * 256 - x.size))).reshape(blocks, 256).max(axis=1)
     with np.errstate(all="ignore"):
@@ -335,7 +335,7 @@ def model_quantise(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tens
     codes = np.searchsorted((c[:-1] + c[1:]) * np.float32(0.5), v, side="left").astype(np.int64)
     wrong = (x != 0) & (np.signbit(c[codes]) != np.signbit(x))
     codes[wrong] += np.sign(x[wrong]).astype(np.int64)
-    return torch.from_numpy(codes.astype(np.uint8)).view(values.shape), torch.from_numpy(absmax)
+    return from_numpy(codes.astype(np.uint8)).view(values.shape), from_numpy(absmax)
 
 
 @grid(name=ALGORITHMS, n=[1, 256, 700])

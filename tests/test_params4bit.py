@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 import bitsandbytes as bnb
 from bitsandbytes.nn import Params4bit
-from tests.helpers import STORAGE_DTYPES, run_python
+from tests.helpers import DEVICE, STORAGE_DTYPES, run_python
 
 ATTRIBUTES = {"blocksize", "compress_statistics", "quant_type", "quant_state", "quant_storage", "bnb_quantized", "module"}
 SHAPE = (48, 96)
 
 
 def quantised(shape=SHAPE, **kwargs) -> Params4bit:
-    return Params4bit(torch.randn(shape), **{"quant_type": "nf4", **kwargs}).to("cpu")
+    return Params4bit(torch.randn(shape), **{"quant_type": "nf4", **kwargs}).to(DEVICE)
 
 
 def snapshot(weight):
@@ -45,7 +45,7 @@ def assert_unchanged(weight, before):
 def test_dict_holds_exactly_the_constructor_arguments():
     weight = Params4bit(torch.randn(4, 4))
     assert set(weight.__dict__) == ATTRIBUTES
-    assert set(weight.to("cpu").__dict__) == ATTRIBUTES
+    assert set(weight.to(DEVICE).__dict__) == ATTRIBUTES
     assert (weight.blocksize, weight.compress_statistics, weight.quant_type) == (64, True, "fp4")
     assert weight.quant_storage is torch.uint8 and not weight.requires_grad
 
@@ -75,7 +75,7 @@ def test_dense_values_with_an_older_parameters_attributes_are_not_taken_for_code
     dense = torch.randn(SHAPE)
     new = Params4bit(dense, **old.__dict__)
     assert not new.bnb_quantized and new.quant_state is None
-    new = new.to("cpu")
+    new = new.to(DEVICE)
     assert new.quant_type == "nf4" and (new.dequantize() - dense).abs().mean() < 0.1
 
 
@@ -83,7 +83,7 @@ def test_dense_values_with_an_older_parameters_attributes_are_not_taken_for_code
 def test_packed_codes_with_a_state_are_quantised_whatever_the_flag_says(storage):
     old = quantised(quant_storage=storage)
     again = Params4bit(old.data, quant_state=old.quant_state, bnb_quantized=False)
-    assert again.bnb_quantized and torch.equal(again.to("cpu").data.view(torch.uint8), old.data.view(torch.uint8))
+    assert again.bnb_quantized and torch.equal(again.to(DEVICE).data.view(torch.uint8), old.data.view(torch.uint8))
 
 
 # -------------------------------------------------------------------------------------------------------------- quantise and move
@@ -91,12 +91,12 @@ def test_packed_codes_with_a_state_are_quantised_whatever_the_flag_says(storage)
 
 def test_first_move_quantises_in_place_even_to_where_it_is():
     weight = Params4bit(torch.randn(SHAPE), quant_type="nf4", blocksize=128)
-    assert weight.to("cpu", torch.bfloat16) is weight
+    assert weight.to(DEVICE, torch.bfloat16) is weight
     assert weight.dtype is torch.uint8 and weight.bnb_quantized
     assert weight.quant_state.blocksize == 128 and weight.quant_state.dtype is torch.float32
 
 
-@pytest.mark.parametrize("move", [lambda w: w.to(device="cpu"), lambda w: w.to(torch.empty(0)), lambda w: w.cpu()])
+@pytest.mark.parametrize("move", [lambda w: w.to(device=DEVICE), lambda w: w.to(torch.empty(0)), lambda w: w.cpu()])
 def test_every_way_to_name_a_device_quantises(move):
     assert move(Params4bit(torch.randn(SHAPE))).bnb_quantized
 
@@ -105,25 +105,25 @@ def test_a_dtype_alone_casts_the_values():
     weight = Params4bit(torch.randn(SHAPE), quant_type="nf4")
     half = weight.to(torch.float16)
     assert type(half) is Params4bit and half.dtype is torch.float16 and half.quant_type == "nf4" and weight.dtype is torch.float32
-    assert half.to("cpu").quant_state.dtype is torch.float16
+    assert half.to(DEVICE).quant_state.dtype is torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
 def test_values_of_other_floating_dtypes_are_quantised_from_float32(dtype):
     values = torch.randn(SHAPE).to(dtype)
-    weight = Params4bit(values, quant_type="nf4").to("cpu")
+    weight = Params4bit(values, quant_type="nf4").to(DEVICE)
     assert weight.quant_state.dtype is torch.float32
     assert (weight.dequantize() - values.float()).abs().mean() < 0.1
 
 
 def test_codes_without_statistics_are_not_quantised_again():
     with pytest.raises(RuntimeError, match="no quant_state"):
-        Params4bit(torch.zeros(8, 1, dtype=torch.uint8)).to("cpu")
+        Params4bit(torch.zeros(8, 1, dtype=torch.uint8)).to(DEVICE)
 
 
 def test_meta_has_nothing_to_quantise():
     with pytest.raises(NotImplementedError, match="meta device.*load_state_dict"):
-        Params4bit(torch.empty(4, 4, device="meta")).to("cpu")
+        Params4bit(torch.empty(4, 4, device="meta")).to(DEVICE)
 
 
 @pytest.mark.parametrize("move", ["meta", "cpu", torch.float16, torch.float32])
@@ -138,13 +138,13 @@ def test_moving_a_quantised_weight_leaves_the_original_alone(move, storage):
 
 def test_a_move_to_the_same_device_shares_storage():
     weight = quantised()
-    assert weight.to("cpu").data_ptr() == weight.data_ptr()
+    assert weight.to(DEVICE).data_ptr() == weight.data_ptr()
 
 
 def test_statistics_survive_the_meta_device():
     weight = quantised()
     on_meta = weight.to("meta")
-    assert on_meta.is_meta and on_meta.quant_state == weight.quant_state and on_meta.absmax.device.type == "cpu"
+    assert on_meta.is_meta and on_meta.quant_state == weight.quant_state and on_meta.absmax.device.type == DEVICE
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
@@ -168,15 +168,15 @@ def test_a_state_that_moves_itself_is_asked():
     weight = quantised()
     state, asked = weight.quant_state, []
     state.absmax, state.to = state.absmax.to("meta"), asked.append
-    assert weight.to("cpu").quant_state is state and asked == [torch.device("cpu")]
+    assert weight.to(DEVICE).quant_state is state and asked == [torch.device(DEVICE)]
 
 
 def test_the_default_dtype_does_not_leak_into_the_tables():
     torch.set_default_dtype(torch.bfloat16)
-    weight = Params4bit(torch.randn(SHAPE, dtype=torch.float32)).to("cpu")
+    weight = Params4bit(torch.randn(SHAPE, dtype=torch.float32)).to(DEVICE)
     state = weight.quant_state
     assert state.code.dtype is state.state2.code.dtype is state.offset.dtype is torch.float32
-    again = Params4bit.from_prequantized(weight.data, state.as_dict(packed=True), device="cpu")
+    again = Params4bit.from_prequantized(weight.data, state.as_dict(packed=True), device=DEVICE)
     assert again.quant_state.offset.dtype is torch.float32 and torch.equal(again.dequantize(), weight.dequantize())
 
 
@@ -195,7 +195,7 @@ def test_from_prequantized_restores_and_leaves_the_dict_as_it_was(prefix):
     weight = quantised(compress_statistics=False, quant_type="fp4", quant_storage=torch.float16)
     statistics = {prefix + key: value for key, value in weight.quant_state.as_dict(packed=True).items()}
     keys = list(statistics)
-    again = Params4bit.from_prequantized(weight.data, statistics, device="cpu")
+    again = Params4bit.from_prequantized(weight.data, statistics, device=DEVICE)
     assert list(statistics) == keys
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert (again.quant_type, again.compress_statistics, again.quant_storage, again.bnb_quantized) == ("fp4", False, torch.float16, True)
@@ -203,7 +203,7 @@ def test_from_prequantized_restores_and_leaves_the_dict_as_it_was(prefix):
 
 def test_from_prequantized_tells_the_module():
     weight, layer = quantised(), bnb.nn.LinearNF4(96, 48)
-    again = Params4bit.from_prequantized(weight.data, weight.quant_state.as_dict(packed=True), device="cpu", module=layer)
+    again = Params4bit.from_prequantized(weight.data, weight.quant_state.as_dict(packed=True), device=DEVICE, module=layer)
     assert layer.quant_state is again.quant_state or layer.__dict__["quant_state"] is again.quant_state
     assert again.module is layer
 
@@ -211,7 +211,7 @@ def test_from_prequantized_tells_the_module():
 def test_from_prequantized_rejects_codes_of_another_weight():
     weight, other = quantised(), quantised((32, 32))
     with pytest.raises(ValueError, match="packed codes"):
-        Params4bit.from_prequantized(other.data, weight.quant_state.as_dict(packed=True), device="cpu")
+        Params4bit.from_prequantized(other.data, weight.quant_state.as_dict(packed=True), device=DEVICE)
 
 
 # --------------------------------------------------------------------------------------------------------------------- attributes
@@ -239,7 +239,7 @@ def test_absent_attributes_are_named(name):
 
 
 def test_the_owner_is_not_kept_alive():
-    layer = bnb.nn.LinearNF4(8, 8).to("cpu")
+    layer = bnb.nn.LinearNF4(8, 8).to(DEVICE)
     weight, alive = layer.weight, weakref.ref(layer)
     assert weight.module is layer
     gc.disable()
@@ -262,7 +262,7 @@ def test_shallow_copy_shares_storage_and_state():
 @pytest.mark.parametrize("moved", [False, True])
 def test_deep_copy_shares_nothing(moved):
     weight = Params4bit(torch.randn(SHAPE), quant_type="nf4")
-    weight = weight.to("cpu") if moved else weight
+    weight = weight.to(DEVICE) if moved else weight
     weight.note = ["mine"]
     other = copy.deepcopy(weight)
     assert type(other) is Params4bit and other.data_ptr() != weight.data_ptr() and torch.equal(other.data, weight.data)

@@ -5,7 +5,7 @@ from functools import partial
 import json
 import pickle
 
-from helpers import FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, assert_same_bits, bell, grid, quantised
+from helpers import DEVICE, FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, assert_same_bits, bell, grid, quantised
 import pytest
 import torch
 
@@ -47,7 +47,7 @@ def test_state_moves_in_place(nested):
 @pytest.mark.parametrize("nested", [False, True])
 def test_state_comparison(nested):
     _, s = state_of(nested=nested)
-    for same in (copy.deepcopy(s), copy.copy(s), pickle.loads(pickle.dumps(s)), QuantState.from_dict(s.as_dict(packed=True), "cpu")):
+    for same in (copy.deepcopy(s), copy.copy(s), pickle.loads(pickle.dumps(s)), QuantState.from_dict(s.as_dict(packed=True), DEVICE)):
         assert s == same and same == s
         assert_same_bits(same.absmax, s.absmax)
     assert s != 3 and s != None  # noqa: E711
@@ -70,7 +70,7 @@ def test_state_has_room_for_other_attributes():
     _, s = state_of()
     s.to = lambda device: "mine"
     s.packing_format_for_cpu = False
-    assert s.to("cpu") == "mine" and not s.packing_format_for_cpu
+    assert s.to(DEVICE) == "mine" and not s.packing_format_for_cpu
 
 
 def test_packed_text_of_state():
@@ -91,7 +91,7 @@ def test_state_survives_its_dict(quant_type, nested, dtype, packed, prefix):
     _, s = state_of((130, 70), nested, quant_type, dtype)
     given_dict = {prefix + key: value for key, value in s.as_dict(packed=packed).items()}
     before = dict(given_dict)
-    read = QuantState.from_dict(given_dict, torch.device("cpu"))
+    read = QuantState.from_dict(given_dict, torch.device(DEVICE))
     assert list(given_dict) == list(before) and all(given_dict[key] is before[key] for key in before)
     assert read == s and read.shape == torch.Size((130, 70)) and isinstance(read.shape, torch.Size)
     for ours, theirs in ((read.absmax, s.absmax), (read.code, s.code)):
@@ -109,13 +109,13 @@ def test_state_is_read_whatever_the_order_of_its_text():
     values = json.loads(bytes(d[key].tolist()))
     text = json.dumps(dict(reversed(values.items())), separators=(",", ":"))
     d[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    assert QuantState.from_dict(dict(reversed(d.items())), "cpu") == s
+    assert QuantState.from_dict(dict(reversed(d.items())), DEVICE) == s
 
 
 def test_8bit_state_has_no_packed_form():
     _, s = F.quantize_blockwise(bell(1000), nested=True, blocksize=64)
     assert s.as_dict(packed=True).keys() == s.as_dict().keys() and s.as_dict()["quant_type"] is None and s.as_dict()["shape"] is None
-    assert QuantState.from_dict(s.as_dict(), "cpu") == s
+    assert QuantState.from_dict(s.as_dict(), DEVICE) == s
 
 
 def test_nested_code_is_not_shared_between_dicts():

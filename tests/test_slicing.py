@@ -2,7 +2,7 @@
 
 import copy
 
-from helpers import assert_same_bits, bell, grid
+from helpers import DEVICE, assert_same_bits, bell, grid
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 
 
 def quantised(shape=(48, 128), **options):
-    return bnb.nn.Params4bit(bell(torch.Size(shape).numel()).view(shape), **{"quant_type": "nf4", **options}).to("cpu")
+    return bnb.nn.Params4bit(bell(torch.Size(shape).numel()).view(shape), **{"quant_type": "nf4", **options}).to(DEVICE)
 
 
 @grid(storage=[torch.uint8, torch.bfloat16, torch.float32], nested=[False, True], blocksize=[32, 64, 256])
@@ -59,7 +59,7 @@ def test_weights_in_the_layout_of_old_releases():
 
 
 def test_a_part_is_the_weight_of_a_layer_of_its_own():
-    whole = bnb.nn.LinearNF4(128, 64, bias=False, quant_storage=torch.bfloat16).to("cpu")
+    whole = bnb.nn.LinearNF4(128, 64, bias=False, quant_storage=torch.bfloat16).to(DEVICE)
     half = bnb.nn.LinearNF4(128, 32, bias=False)
     half.weight = bnb.nn.shard_4bit(whole.weight, 0, 1, 2)
     x = bell(2 * 128).view(2, 128)

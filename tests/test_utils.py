@@ -2,7 +2,7 @@
 
 import gc
 
-from helpers import run_python
+from helpers import DEVICE, run_python
 import pytest
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def test_copied_weights_are_quantised_when_the_layer_moves():
     model, ids = Model().eval(), torch.arange(8).reshape(2, 4)
     expected = model(ids)
     weight = model.blocks[0].up.weight.detach().clone()
-    replace_linear(model, linear_nf4, copy_weights=True).to("cpu")
+    replace_linear(model, linear_nf4, copy_weights=True).to(DEVICE)
     up = model.blocks[0].up
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     assert torch.equal(up.weight.data, packed) and torch.equal(up.weight.quant_state.absmax, state.absmax)
@@ -110,7 +110,7 @@ def test_further_tensors_of_a_replacement_have_their_values():
 
 
 def test_copying_a_packed_weight_is_refused():
-    model = replace_linear(Model(), linear_nf4, copy_weights=True).to("cpu")
+    model = replace_linear(Model(), linear_nf4, copy_weights=True).to(DEVICE)
     with pytest.raises(ValueError, match="blocks.0.up"):
         replace_linear(model, nn.Linear, copy_weights=True)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from helpers import BLOCKSIZES_4BIT, FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, bell, short_name
+from helpers import BLOCKSIZES_4BIT, DEVICE, FLOAT_DTYPES, QUANT_TYPES, STORAGE_DTYPES, bell, short_name
 import torch
 
 CODE_MAPS = {
@@ -203,7 +203,7 @@ class Layer:
         layer.weight.data = self.weight()
         if self.bias:
             layer.bias.data = bell(self.out_features, self.seed + 200).to(self.dtype)
-        return layer.to("cpu")
+        return layer.to(DEVICE)
 
 
 def layers() -> dict[str, Layer]:
@@ -262,7 +262,7 @@ class Int8Layer:
         layer = self.empty(bnb)
         layer.weight.data = (bell(self.in_features * self.out_features, self.seed) / 8).reshape(self.out_features, self.in_features).half()
         layer.bias.data = bell(self.out_features, self.seed + 2).half()
-        return layer.to("cpu").eval()
+        return layer.to(DEVICE).eval()
 
 
 def int8_layers() -> dict[str, Int8Layer]:
