@@ -141,7 +141,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
         raise ImportError("Scipy is required for `create_normal_map`. Install it with `pip install scipy`.") from error
 
     def quantiles(count: int) -> list[float]:
-        return norm.ppf(_linspace(offset, 0.5, count + 1)[:-1].numpy()).tolist()
+        return norm.ppf(_linspace(offset, 0.5, count + 1)[:-1].cpu().numpy()).tolist()
 
     negative = [-q for q in quantiles(7)]
     return _padded_and_sorted(quantiles(8 if use_extra_value else 7) + negative, scale_to_one=True)
