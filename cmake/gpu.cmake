@@ -75,8 +75,10 @@ endif()
 
 add_library(bitsandbytes SHARED ${BNB_GPU_API_SOURCES})
 target_compile_options(bitsandbytes PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${BNB_COMPILE_OPTIONS}>)
+# The runtime library is the one that PyTorch has loaded: no path to that of the toolkit.
 set_target_properties(bitsandbytes PROPERTIES
     PREFIX lib
+    SKIP_BUILD_RPATH ON
     LIBRARY_OUTPUT_DIRECTORY "${BNB_OUTPUT_DIRECTORY}$<0:>"
     RUNTIME_OUTPUT_DIRECTORY "${BNB_OUTPUT_DIRECTORY}$<0:>"
 )
@@ -111,9 +113,7 @@ if(COMPUTE_BACKEND STREQUAL "hip")
     target_link_libraries(bitsandbytes PRIVATE kernels_hip)
     target_compile_definitions(kernels_hip PRIVATE BNB_HAS_EXACT=1 BNB_HAS_GENERIC=1)
     target_compile_definitions(bitsandbytes PRIVATE BNB_HAS_EXACT=1 BNB_HAS_GENERIC=1)
-    # The runtime is the one that PyTorch has loaded: no path to another.
-    set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_rocm${ROCM_VERSION} LINKER_LANGUAGE HIP HIP_ARCHITECTURES "${BNB_ROCM_ARCH}"
-                          SKIP_BUILD_RPATH ON)
+    set_target_properties(bitsandbytes PROPERTIES OUTPUT_NAME bitsandbytes_rocm${ROCM_VERSION} LINKER_LANGUAGE HIP HIP_ARCHITECTURES "${BNB_ROCM_ARCH}")
     return()
 endif()
 
