@@ -16,13 +16,31 @@ from .._ops import FLOATS, packed_length
 from ..quant_state import QuantState
 from . import checkpoint, dispatch
 
+_NONE = type(None)
+_OF_ALL = {"data": (torch.Tensor,), "requires_grad": (bool,)}
+_OF_STATE = {
+    "absmax": (torch.Tensor,), "code": (torch.Tensor,), "blocksize": (int,), "quant_type": (str,), "dtype": (torch.dtype,), "shape": (tuple, list),
+    "state2": (QuantState, _NONE),
+}  # fmt: skip
+_OF_NESTED_STATE = {name: _OF_STATE[name] for name in ("absmax", "code", "blocksize")}
+
+
+def _require_kinds(owner: str, values: dict, kinds: dict[str, tuple]) -> None:
+    """Raises TypeError where one of the values is of another type than those named."""
+    for name, wanted in kinds.items():
+        if name in values and not isinstance(values[name], wanted):
+            names = " or ".join(kind.__name__.replace("NoneType", "None") for kind in wanted)
+            raise TypeError(f"{owner}: {name} must be {names}, got {type(values[name]).__name__}")
+
 
 class QuantisedParameter(nn.Parameter):
     """What quantised parameters have in common.
 
     The attributes live in ``__dict__`` under the names of the constructor's arguments, so that ``type(p)(value, **p.__dict__)`` makes another
-    parameter of the same kind. A subclass defines ``to``, and ``take_statistics``.
+    parameter of the same kind. A subclass defines ``to``, ``take_statistics``, and what types its attributes have.
     """
+
+    _KINDS: dict[str, tuple] = {}
 
     def take_statistics(self, other: "QuantisedParameter") -> None:
         """Makes the statistics of ``other`` this parameter's own: its codes have been put here."""
@@ -75,10 +93,21 @@ class QuantisedParameter(nn.Parameter):
         return {**self.__dict__, "data": self.data, "requires_grad": self.requires_grad}
 
     def __setstate__(self, state):
+        """Takes what ``__getstate__`` returned.
+
+        Raises:
+            TypeError: an attribute is of another type: the file is damaged, or was made by hand.
+            ValueError: codes and statistics do not belong together.
+        """
         state = dict(state)
-        self.data = state.pop("data")
-        self.requires_grad = state.pop("requires_grad")
+        data, requires_grad = state.pop("data", None), state.pop("requires_grad", None)
+        _require_kinds(type(self).__name__, {"data": data, "requires_grad": requires_grad, **state}, {**_OF_ALL, **self._KINDS})
+        self._require_meaning(data, state)
+        self.data, self.requires_grad = data, requires_grad
         self.__dict__.update(state)
+
+    def _require_meaning(self, data: torch.Tensor, attributes: dict) -> None:
+        """Raises TypeError or ValueError where attributes, each of the right type, do not fit together."""
 
 
 # ------------------------------------------------------------------------------------------------------------------------- 4 bit
@@ -118,11 +147,17 @@ class Params4bit(QuantisedParameter):
         kwargs: ignored.
     """
 
+    _KINDS = {
+        "quant_state": (QuantState, _NONE), "blocksize": (int,), "compress_statistics": (bool,), "quant_type": (str,),
+        "quant_storage": (torch.dtype,), "bnb_quantized": (bool,),
+    }  # fmt: skip
+
     def __new__(
         cls, data=None, requires_grad=False, quant_state=None, blocksize=None, compress_statistics=True, quant_type="fp4",
         quant_storage=torch.uint8, module=None, bnb_quantized=False, **kwargs,
     ):  # fmt: skip
         data = torch.empty(0) if data is None else data
+        _require_kinds(cls.__name__, {"data": data}, _OF_ALL)
         packed = _are_packed(data, quant_state, bnb_quantized)
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
         self.blocksize = 64 if blocksize is None else blocksize
@@ -133,6 +168,17 @@ class Params4bit(QuantisedParameter):
         self.bnb_quantized = packed
         self.module = module
         return self
+
+    def _require_meaning(self, data, attributes):
+        state = attributes.get("quant_state")
+        if state is None:
+            return
+        _require_kinds("quant_state", vars(state), _OF_STATE)
+        if state.state2 is not None:
+            _require_kinds("quant_state", vars(state), {"offset": (torch.Tensor,)})
+            _require_kinds("quant_state.state2", vars(state.state2), _OF_NESTED_STATE)
+        if not state.packing_format_for_cpu:
+            checkpoint.require_consistent(data, state)
 
     absmax = _statistic("absmax")
     code = _statistic("code")
@@ -321,11 +367,19 @@ class Int8Params(QuantisedParameter):
         kwargs: ignored.
     """
 
+    _KINDS = {"SCB": (torch.Tensor, _NONE), "has_fp16_weights": (bool,)}
+
     def __new__(cls, data=None, requires_grad=True, has_fp16_weights=False, CB=None, SCB=None, **kwargs):
         data = torch.empty(0) if data is None else data
+        _require_kinds(cls.__name__, {"data": data}, _OF_ALL)
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad and data.is_floating_point())
         self.__dict__.update(CB=None, SCB=SCB if data.dtype == torch.int8 else None, has_fp16_weights=has_fp16_weights)
         return self
+
+    def _require_meaning(self, data, attributes):
+        scales = attributes.get("SCB")
+        if data.dtype == torch.int8 and scales is not None and (not scales.is_floating_point() or scales.numel() != len(data)):
+            raise ValueError(f"Int8Params: SCB must be {len(data)} floats, one for each row, got {scales.numel()} of {scales.dtype}")
 
     @property
     def CB(self) -> torch.Tensor | None:
