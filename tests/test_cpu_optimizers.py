@@ -342,8 +342,8 @@ def test_the_c_function_refuses_nonsense(library):
         assert_same(raw.case, untouched)
     assert Raw().call(threads=-1) == 1
     assert native._optimizer_step(None, ct.byref(sound.settings), 1) == 1 and native._optimizer_step(ct.byref(sound.tensors), None, 1) == 1
-    descending = Raw()
-    descending.settings.qmaps[1] = UNSIGNED.flip(0).contiguous().data_ptr()
+    descending, code = Raw(), UNSIGNED.flip(0).contiguous()
+    descending.settings.qmaps[1] = code.data_ptr()
     assert descending.call() == 4
     assert_same(descending.case, untouched)
 

@@ -50,7 +50,7 @@ check_sanitize() {
     build/sanitize/driver "$library" libgomp.so.1 # with threads
     [ -n "${PYTHON:-}" ] || return 0
     # A copy of the package with that library, in a folder of its own: `python -m pytest` looks for packages where it is started, before all else.
-    # Python itself leaks on purpose and PyTorch frees what C allocated.
+    # Python itself leaks on purpose and PyTorch frees what C allocated. What a sanitiser says of the process that it ends must not be captured.
     tar -C bitsandbytes --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C build/sanitize/bitsandbytes -xf -
     local root=$PWD
     cd build/sanitize
@@ -58,7 +58,7 @@ check_sanitize() {
     export LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
     "$PYTHON" -c 'import sys; from bitsandbytes import cextension as c; sys.exit(c.lib._lib._name != sys.argv[1])' "$root/$library" \
         || { echo "Python does not load the library with sanitisers" >&2; return 1; }
-    "$PYTHON" -m pytest -q -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "${PYTHON_TESTS[@]/#/$root/}"
+    "$PYTHON" -m pytest -q -p no:cacheprovider --capture=sys --rootdir "$root" -c "$root/pyproject.toml" "${PYTHON_TESTS[@]/#/$root/}"
 }
 
 case "${1:-}" in
