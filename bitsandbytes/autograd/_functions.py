@@ -8,6 +8,7 @@ import warnings
 from warnings import warn  # noqa: F401  (a published name of this module)
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 import torch.nn.functional as torch_functional
 
 from .. import functional as F
@@ -19,6 +20,20 @@ logger = logging.getLogger(__name__)
 
 _is_compiling = torch.compiler.is_compiling
 _autocast_somewhere = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def _apply(function: type[torch.autograd.Function], *args):
+    """``function.apply(*args)``. Torch's asks ``forward`` for its signature at every call, which takes longer than a small product.
+
+    Compilers and transforms of torch.func need it so; for others what stands behind it is called.
+    """
+    if _is_compiling() or _are_transforms_active():
+        return function.apply(*args)
+    args = unwrap_dead_wrappers(args)
+    if not torch.is_grad_enabled():  # as in a backward pass that is not itself differentiated
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------------- 4 bit
@@ -46,8 +61,8 @@ class MatMul4Bit(torch.autograd.Function):
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
             with _without_autocast(grad.device.type):
-                product = _backward_product if _is_compiling() else _InputGradient.apply
-                grad_A = product(grad, *_saved_weight(ctx))
+                weight = _saved_weight(ctx)
+                grad_A = _backward_product(grad, *weight) if _is_compiling() else _apply(_InputGradient, grad, *weight)
         if ctx.needs_input_grad[3]:
             grad_bias = _bias_gradient(grad, ctx.bias_dtype)
         return grad_A, None, None, grad_bias, None
@@ -71,7 +86,7 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         B, state = _saved_weight(ctx)
-        return MatMul4Bit.apply(grad, B, None, None, state), None, None
+        return _apply(MatMul4Bit, grad, B, None, None, state), None, None
 
     @staticmethod
     def vmap(info, in_dims, grad, B, quant_state):
@@ -163,7 +178,7 @@ def matmul_4bit(
     if sizes and sizes[-1] != shape[1] and sizes[-1] == shape[0]:
         result = _product_with_transposed(A, B, quant_state, bias)
     elif torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
-        result = MatMul4Bit.apply(A, B, None, bias, quant_state)
+        result = _apply(MatMul4Bit, A, B, None, bias, quant_state)
     else:
         result = _product(A, B, quant_state, bias)
     return result if out is None else out.copy_(result)
@@ -316,8 +331,7 @@ class MatMul8bitLt(torch.autograd.Function):
             if ctx.needs_input_grad[0] and ctx.in_floating_point:
                 grad_A = grad @ second.to(grad.dtype)
             elif ctx.needs_input_grad[0]:
-                product = _int8_backward_product if _is_compiling() else _Int8InputGradient.apply
-                grad_A = product(grad, first, second)
+                grad_A = _int8_backward_product(grad, first, second) if _is_compiling() else _apply(_Int8InputGradient, grad, first, second)
             if ctx.needs_input_grad[1] and ctx.in_floating_point:
                 grad_B = _rows(grad).t() @ _rows(first).to(grad.dtype)
             if ctx.needs_input_grad[3]:
@@ -437,7 +451,7 @@ def matmul(
     if A.dtype not in FLOATS:
         raise TypeError(f"matmul takes float16, bfloat16 or float32 activations, got {A.dtype}")
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)):
-        return MatMul8bitLt.apply(A, B, None, bias, state)
+        return _apply(MatMul8bitLt, A, B, None, bias, state)
     return MatMul8bitLt.forward(A, B, None, bias, state)
 
 

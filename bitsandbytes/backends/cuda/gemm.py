@@ -36,9 +36,10 @@ def capability(tensor: torch.Tensor) -> int:
     return _capability(native._where(tensor)[0], native._library)
 
 
-def _suits_tensor_cores(A, rows, N, K, blocksize, capability: int) -> bool:
+@functools.lru_cache(maxsize=1 << 14)
+def _suits_tensor_cores(dtype: torch.dtype, rows: int, N: int, K: int, blocksize: int, capability: int) -> bool:
     """What the kernels on tensor cores ask for (csrc/cuda/gemm_4bit_tensor.h); ``rows`` is the length of A's."""
-    if A.dtype is torch.float32 or capability < (80 if A.dtype is torch.bfloat16 else 75):
+    if dtype is torch.float32 or capability < (80 if dtype is torch.bfloat16 else 75):
         return False
     return K % 32 == 0 and rows % 8 == 0 and N > 0 and K > 0 and max(N, K) <= 1 << 27 and N * K // blocksize < 1 << 31
 
@@ -49,11 +50,18 @@ def _aligned(A: torch.Tensor) -> torch.Tensor:
     return A.clone() if A.data_ptr() % 16 else A
 
 
+_NOT_NESTED = (None, None, None)
+
+
 def _nested(absmax_8bit, absmax_code, absmax_offset):
     """Nested statistics as the library takes them: contiguous, the offset in float32."""
     if absmax_8bit is None:
-        return None, None, None
+        return _NOT_NESTED
     return absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float()
+
+
+def _addresses(nested):
+    return _NOT_NESTED if nested is _NOT_NESTED else [tensor.data_ptr() for tensor in nested]
 
 
 def _partial_sums(like: torch.Tensor, splits: int, count: int):
@@ -63,10 +71,11 @@ def _partial_sums(like: torch.Tensor, splits: int, count: int):
 
 def _run_forward(out, A, B, M, shapeB, absmax, blocksize, quant_type, levels, bias, nested, plan) -> None:
     N, K = shapeB
-    partial = _partial_sums(A, plan.splits, M * N)
+    splits = plan.splits
+    partial = None if splits == 1 else torch.empty(splits * M * N, dtype=torch.float32, device=A.device)
     _gemm_4bit(
-        A, A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *map(address, nested), address(levels), address(bias), out.data_ptr(),
-        M, N, K, blocksize, QUANT_TYPES[quant_type], DTYPES[A.dtype], *plan, address(partial), partial.numel() if partial is not None else 0,
+        A, A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *_addresses(nested), address(levels), address(bias), out.data_ptr(),
+        M, N, K, blocksize, QUANT_TYPES[quant_type], DTYPES[A.dtype], *plan, address(partial), 0 if partial is None else partial.numel(),
     )  # fmt: skip
 
 
@@ -81,7 +90,7 @@ def gemm_4bit(
     bias = None if bias is None else bias.contiguous()
     nested = _nested(absmax_8bit, absmax_code, absmax_offset)
     arch = capability(A)
-    plan = forward_plan(arch, _suits_tensor_cores(A, K, N, K, blocksize, arch), M, N, K)
+    plan = forward_plan(arch, _suits_tensor_cores(A.dtype, K, N, K, blocksize, arch), M, N, K)
     out = torch.empty((*rows, N), dtype=A.dtype, device=A.device)
     if plan is not None:
         _run_forward(out, A, B, M, shapeB, absmax, blocksize, quant_type, None, bias, nested, plan)
@@ -98,13 +107,13 @@ def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=
     A, B, absmax = _aligned(A), B.contiguous(), absmax.contiguous()
     nested = _nested(absmax_8bit, absmax_code, absmax_offset)
     arch = capability(A)
-    on_tensor_cores = arch >= 80 and B.data_ptr() % 16 == 0 and _suits_tensor_cores(A, N, N, K, blocksize, arch)
+    on_tensor_cores = arch >= 80 and B.data_ptr() % 16 == 0 and _suits_tensor_cores(A.dtype, N, N, K, blocksize, arch)
     plan = backward_plan(arch, on_tensor_cores, M, N, K)
     out = torch.empty((*rows, K), dtype=A.dtype, device=A.device)
     if plan is not None:
         partial = _partial_sums(A, plan.splits, M * K)
         _gemm_4bit_backward(
-            A, A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *map(address, nested), out.data_ptr(), M, N, K, blocksize, QUANT_TYPES[quant_type],
+            A, A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *_addresses(nested), out.data_ptr(), M, N, K, blocksize, QUANT_TYPES[quant_type],
             DTYPES[A.dtype], plan.tile, plan.splits, address(partial), partial.numel() if partial is not None else 0,
         )  # fmt: skip
     elif out.numel():
@@ -118,8 +127,8 @@ def _gemv_into(out, A, B, shapeB, absmax, code, blocksize):
     N, K = shapeB
     A, B, absmax, code = _aligned(A), B.contiguous(), absmax.contiguous(), code.contiguous()
     arch, M = capability(A), A.shape[:-1].numel()
-    plan = forward_plan(arch, _suits_tensor_cores(A, K, N, K, blocksize, arch), M, N, K) or _ANY_NUMBER_OF_TOKENS
-    _run_forward(out, A, B, M, shapeB, absmax, blocksize, "nf4", code, None, (None, None, None), plan)
+    plan = forward_plan(arch, _suits_tensor_cores(A.dtype, K, N, K, blocksize, arch), M, N, K) or _ANY_NUMBER_OF_TOKENS
+    _run_forward(out, A, B, M, shapeB, absmax, blocksize, "nf4", code, None, _NOT_NESTED, plan)
     return out
 
 
