@@ -1,5 +1,6 @@
-"""A small Llama, made in code, and what the integration tests do with it whatever it is quantised to. Everything happens on the CPU and offline."""
+"""A small Llama, made in code, and what the integration tests do with it whatever it is quantised to. Everything happens offline."""
 
+from helpers import DEVICE
 import peft
 import pytest
 import torch
@@ -17,7 +18,7 @@ IDS = torch.arange(18).view(2, 9) * 13 % 256
 
 
 def load(path, **options):
-    return AutoModelForCausalLM.from_pretrained(path, **{"device_map": "cpu", "dtype": torch.float32, **options}).eval()
+    return AutoModelForCausalLM.from_pretrained(path, **{"device_map": DEVICE, "dtype": torch.float32, **options}).eval()
 
 
 def saved(path, layers=1, **changes) -> str:

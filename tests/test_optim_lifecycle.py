@@ -6,7 +6,7 @@ from pathlib import Path
 import pickle
 
 from golden import record_optim
-from helpers import assert_same_bits, bell, grid
+from helpers import DEVICE, assert_same_bits, bell, grid
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
@@ -110,7 +110,7 @@ def test_flat_checkpoints_of_older_versions_are_read(maker):
 @grid(name=record_optim.OPTIMIZERS)
 def test_checkpoints_of_the_published_library_are_continued(name):
     """Recorded by golden/record_optim.py. 8-bit codes of the published CPU path are not always the nearest, which shows in the last digits."""
-    recorded = torch.load(GOLDEN / "optim.pt", weights_only=True)[name]
+    recorded = torch.load(GOLDEN / "optim.pt", weights_only=True, map_location=DEVICE)[name]
     params, optimizer = record_optim.start(name)
     for p, then in zip(params, recorded["then"]):
         p.data.copy_(then)
@@ -398,8 +398,8 @@ def test_gradient_is_left_alone():
 
 @grid(cls=[optim.Adam, optim.AdamW8bit, optim.Lion])
 def test_sparse_gradients_are_refused(cls):
-    embedding = torch.nn.Embedding(100, 64, sparse=True)
-    embedding(torch.tensor([1, 2])).sum().backward()
+    embedding = torch.nn.Embedding(100, 64, sparse=True, device="cpu")
+    embedding(torch.tensor([1, 2], device="cpu")).sum().backward()
     with pytest.raises(RuntimeError, match="dense.*sparse"):
         cls(embedding.parameters()).step()
 
