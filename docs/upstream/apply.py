@@ -7,7 +7,7 @@ An edits file is a patch without the lines that it removes or that surround it: 
 and by checksum instead.
 
     after: 01-four-bit-state-dict                   for check.sh: the fix that this one builds on
-    tests: tests/test_linear4bit.py                 and the test files of the library that exercise what is changed
+    tests: tests/test_linear4bit.py                 and the test files of the library, or parts of them, that exercise what is changed
     file bitsandbytes/nn/modules.py
     at 594 keep 2 drop 9 keep 1 sha256 5f0c...      lines 594 to 605 have this checksum; 2 stay, 9 go, the last one stays
     +    new lines, each after a plus sign, take the place of those that go
