@@ -56,5 +56,6 @@ def fixed_seed_and_settings():
     torch.manual_seed(0)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     yield
+    torch.set_default_device(DEVICE if DEVICE != "cpu" else None)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)

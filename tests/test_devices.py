@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 
-from helpers import DEVICE, assert_same_bits, bell, quantised, raw_bytes
+from helpers import DEVICE, assert_same_bits, bell, raw_bytes
 import pytest
 import torch
 from torch import nn
@@ -22,6 +22,12 @@ LAYERS = {
     "int8": lambda **options: bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False, threshold=4.0, **options),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def no_default_device():
+    """One that is set sees every call, so that none goes to a native kernel directly."""
+    torch.set_default_device(None)
 
 
 def make(name: str, device=None) -> nn.Module:
@@ -133,6 +139,10 @@ def test_pinned_and_shared_memory(name):
 
 
 # ------------------------------------------------------------------------------------------------------------------ mixed devices
+def quantised_there():
+    return F.quantize_4bit(bell(64 * 64).view(64, 64).to(DEVICE), quant_type="nf4")
+
+
 @every_layer
 def test_an_input_on_the_host_is_refused(name):
     with pytest.raises(RuntimeError, match="device"):
@@ -146,17 +156,17 @@ def test_an_input_elsewhere_is_refused_by_a_layer_on_the_host(name):
 
 
 def test_operators_name_the_devices():
-    packed, state = quantised(F)
+    packed, state = quantised_there()
     with pytest.raises(RuntimeError, match=f"{DEVICE}:0 and cpu"):
         torch.ops.bitsandbytes.dequantize_4bit(packed, state.absmax.cpu(), 64, "nf4", [64, 64], torch.float32)
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.bitsandbytes.quantize_blockwise(torch.ones(10), F.create_dynamic_map().cpu(), 256)
+        torch.ops.bitsandbytes.quantize_blockwise(torch.ones(10, device=DEVICE), F.create_dynamic_map().cpu(), 256)
 
 
 def test_outputs_elsewhere_are_refused():
-    packed, state = quantised(F)
+    packed, state = quantised_there()
     with pytest.raises(RuntimeError, match="device"):
-        F.dequantize_4bit(packed, state, out=torch.empty(64, 64, device="cpu"))
+        F.dequantize_4bit(packed, state, out=torch.empty(64, 64))
 
 
 @every_layer
@@ -247,19 +257,19 @@ def test_states_are_saved_and_go_on_elsewhere(name, map_location):
     other = OPTIMIZERS[name]([q])
     other.load_state_dict(torch.load(file, map_location=map_location))
     for parameter, each in ((p, optimizer), (q, other)):
-        parameter.grad = bell(ROWS * 256, seed=99).view(ROWS, 256)
+        parameter.grad = bell(ROWS * 256, seed=99).view(ROWS, 256).to(DEVICE)
         each.step()
     assert_same_bits(q.detach(), p.detach())
 
 
 def test_gradients_elsewhere_are_refused():
-    p = nn.Parameter(torch.ones(4096))
+    p = nn.Parameter(torch.ones(4096, device=DEVICE))
     optimizer = bnb.optim.AdamW8bit([p])
-    p.grad = torch.ones(4096)
+    p.grad = torch.ones_like(p)
     optimizer.step()
     with pytest.raises(RuntimeError, match="device"):
         torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-            "adam", torch.ones(4096, device="cpu"), p.data, *(optimizer.state[p][key] for key in ("state1", "state2")),
+            "adam", torch.ones(4096), p.data, *(optimizer.state[p][key] for key in ("state1", "state2")),
             0.9, 0.99, 0.0, 0.0, 1e-8, 2, 1e-3, *(optimizer.state[p][key] for key in ("qmap1", "qmap2", "absmax1", "absmax2")), 0.0, 1.0, False,
         )  # fmt: skip
 
@@ -273,8 +283,8 @@ def test_parameters_on_two_devices_are_stepped_where_they_are():
     optimizer.step()
     for p in ps:
         assert p.device == optimizer.state[p]["state1"].device == optimizer.state[p]["absmax1"].device
-    one = nn.Parameter(bell(4096, seed=1))
+    one = nn.Parameter(bell(4096, seed=1).to(DEVICE))
     alone = bnb.optim.AdamW8bit([one])
-    one.grad = bell(4096, seed=5)
+    one.grad = bell(4096, seed=5).to(DEVICE)
     alone.step()
     assert_same_bits(ps[1].detach().to(DEVICE), one.detach())

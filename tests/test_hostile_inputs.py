@@ -12,7 +12,7 @@ from pathlib import Path
 import random
 import sys
 
-from helpers import BLOCKSIZES_4BIT, DEVICE, FLOAT_DTYPES, QUANT_TYPES, bell, model_quantize_4bit, run_python
+from helpers import BLOCKSIZES_4BIT, DEVICE, FLOAT_DTYPES, QUANT_TYPES, bell, cpu_only, model_quantize_4bit, run_python
 import pytest
 import torch
 
@@ -461,8 +461,9 @@ def mutate_many(rounds: int, seed: int) -> int:
 
 def run_here(code: str):
     """Runs `code` in a fresh interpreter that sees this module and the same library."""
-    path = os.pathsep.join([str(HERE), str(Path(bitsandbytes.__file__).resolve().parent.parent)])
-    done = run_python(f"import test_hostile_inputs as t\n{code}", env={**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}, cwd=HERE)
+    path = os.pathsep.join([str(HERE), str(Path(bitsandbytes.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    preparation = "import torch, helpers as h; torch.set_default_device(h.DEVICE if h.DEVICE != 'cpu' else None); import test_hostile_inputs as t"
+    done = run_python(f"{preparation}\n{code}", env={**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}, cwd=HERE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -524,6 +525,7 @@ def run_guarded_calls() -> int:
     return calls
 
 
+@cpu_only("the memory of a GPU has no page that can be taken away; its kernels are watched in test_cuda_*.py")
 @pytest.mark.skipif(sys.platform != "linux", reason="the guard page is made with Linux's mmap")
 def test_nothing_is_read_or_written_behind_a_buffer():
     assert int(run_here("print(t.run_guarded_calls())").split()[-1]) > 600
