@@ -202,13 +202,6 @@ void check_shared_memory() {
                 fail("wrote outside a variable in shared memory");
 }
 
-// One thing that memory does on its own.
-void do_what_is_left() {
-    std::function<void()> work = std::move(machine.reversed ? machine.later.back() : machine.later.front());
-    machine.reversed ? machine.later.pop_back() : machine.later.pop_front();
-    work();
-}
-
 void run_block(uint3 block, dim3 grid, dim3 size) {
     start_shared_memory();
     if (at_start != nullptr)
@@ -238,8 +231,10 @@ void run_block(uint3 block, dim3 grid, dim3 size) {
         }
         if (!moved && machine.later.empty())
             explain_deadlock();
-        if (!moved)
-            do_what_is_left();
+        if (!moved) {
+            machine.later.front()();
+            machine.later.pop_front();
+        }
     }
     if (!machine.later.empty())
         fail("a block has ended while memory was still at work for it");
@@ -371,7 +366,14 @@ void wait_until(bool (*is_true)(const void*), const void* object, const char* wh
         pause(State::kWaiting);
 }
 
-void do_later(std::function<void()> work) { machine.later.push_back(std::move(work)); }
+void give_way() { pause(State::kReady); }
+
+void do_later(std::function<void()> work) {
+    if (machine.reversed)
+        work();
+    else
+        machine.later.push_back(std::move(work));
+}
 
 void watch_blocks(void (*start)(), void (*end)()) {
     at_start = start;

@@ -64,7 +64,10 @@ void group_operation(int first, int count, GroupFunction function, const void* i
 // Waits until `is_true` says so of `object`; `what` is for the message if it never will.
 void wait_until(bool (*is_true)(const void* object), const void* object, const char* what);
 
-// What memory does on its own. It is done as late as can be, when all threads wait; with reversed threads the last of several comes first.
+// Lets all other threads run first.
+void give_way();
+
+// What memory does on its own. It is done as late as can be, when all threads wait; with reversed threads at once.
 void do_later(std::function<void()> work);
 
 // Called before the threads of a block start, and when all have ended.

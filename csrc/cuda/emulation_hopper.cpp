@@ -1,8 +1,9 @@
-// What sm_90a does in the background, for tests: each thing happens as late as it may, and what must not be touched meanwhile is looked at.
+// What sm_90a does in the background, for tests: things happen as late as they may, and what must not be touched meanwhile is looked at.
 //
-// A tile that is copied arrives when nobody else has anything to do; until then its place is full of 0xff. A product is computed when it starts, but its
-// result lies hidden until it has been waited for. From its start on its operands, in registers and in shared memory, must stay as they are, and the sums
-// that it writes to are NaN and must stay that. What a fence must stand between is compared with how it was at the last fence.
+// A tile that is copied arrives when nobody else has anything to do (with reversed threads at once); until then its place is full of 0xff. A product is
+// computed when it starts, but its result lies hidden until it has been waited for. From its start on its operands, in registers and in shared memory,
+// must stay as they are, and the sums that it writes to are NaN and must stay that. What a fence must stand between is compared with how it was at the
+// last fence. A thread that makes a barrier or arrives at one lets others go first, so that what it should have done before shows.
 #include "hopper.h"
 
 #include "../common/macros.h"
@@ -265,6 +266,7 @@ uint32_t shared_address(const void* p) {
 
 void barrier_init(uint64_t* barrier, int arrivals) {
     need_hopper();
+    give_way();
     barriers[barrier] = {arrivals, arrivals, 0, 0, false};
 }
 
@@ -280,6 +282,7 @@ void barrier_arrive(uint64_t* barrier, int bytes) {
     own.bytes += bytes;
     --own.left;
     own.look();
+    give_way();
 }
 
 void barrier_wait(const uint64_t* barrier, uint32_t parity) {
