@@ -23,7 +23,7 @@ import torch
 import bitsandbytes as bnb
 
 FEATURES = 4096
-BURST, BURSTS = 200, 100
+BURST, BURSTS = 200, 50
 ROW = "{:>6} {:>7} {:>10} {:>9} {:>9}"
 
 
