@@ -18,8 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 PRETEND = """
-import torch
-torch.version.cuda = "13.0"
 torch.cuda.device_count = lambda: 1
 def never(*args, **kwargs):
     raise AssertionError("the import asked the CUDA runtime")
@@ -40,11 +38,15 @@ def machine_with_gpu(tmp_path, emulated_library):  # noqa: F811
     )
     shutil.copy(emulated_library._lib._name, tmp_path / "bitsandbytes" / "libbitsandbytes_cuda130.so")
 
-    def run(program, remove=None):
+    def run(program, remove=None, rocm=None):
         if remove is not None:
             (tmp_path / "bitsandbytes" / remove).unlink()
+        if rocm is not None:
+            (tmp_path / "bitsandbytes" / "libbitsandbytes_cuda130.so").rename(tmp_path / "bitsandbytes" / "libbitsandbytes_rocm64.so")
+        runtime = 'torch.version.cuda = "13.0"' if rocm is None else f'torch.version.cuda, torch.version.hip = None, "{rocm}"'
+        whole = f"import torch\n{runtime}\n{PRETEND}{program}"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", PRETEND + program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+        done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         return done
 
@@ -108,13 +110,27 @@ except RuntimeError as error:
     assert "could not load its CUDA library" in done.stderr
 
 
+def test_under_rocm_its_library_serves_the_gpu_without_tensor_cores(machine_with_gpu):
+    machine_with_gpu("""
+assert cextension.BNB_BACKEND == "ROCm" and lib.compiled_with_cuda and lib._lib._name.endswith("libbitsandbytes_rocm64.so")
+from bitsandbytes import _ops
+from bitsandbytes.backends.cuda import gemm, gemm_4bit_plan
+assert ("gemm_4bit", "cuda") in _ops._NATIVE and ("int8_linear", "cuda") in _ops._NATIVE
+capability = 1  # what the library says of a GPU of AMD
+assert not gemm._suits_tensor_cores(torch.float16, 4096, 4096, 4096, 64, capability)
+assert gemm_4bit_plan.forward_plan(capability, False, 1, 4096, 4096).kernel == gemm_4bit_plan.KERNELS["simple"]
+assert gemm_4bit_plan.forward_plan(capability, False, 4096, 4096, 4096) is None
+assert gemm_4bit_plan.backward_plan(capability, False, 64, 4096, 4096) is None
+""", rocm="6.4.43484-9999")  # fmt: skip
+
+
 def test_a_status_of_the_gpu_library_becomes_an_exception_with_the_words_of_the_driver(machine_with_gpu):
     machine_with_gpu("""
 native.use_library(lib, lambda tensor: (7, None))
 try:
     ops.quantize_4bit(torch.ones(64), 64, "nf4", torch.uint8)
 except RuntimeError as error:
-    assert "bnb_cuda_quantize_4bit failed: the device reported an error: the emulation has one device" in str(error), error
+    assert "bnb_cuda_quantize_4bit failed: the device reported an error: the emulation has" in str(error), error
 else:
     raise AssertionError("a wrong device passed")
 """)
