@@ -90,7 +90,8 @@ def _dequantise_into(out, codes, stats) -> None:
 
 def _suits_library(A, M, N, K) -> bool:
     """Whether ``torch._int_mm``, which is cuBLASLt with torch's handle and workspace, multiplies these codes, and should."""
-    return A.is_cuda and M >= LIBRARY_PRODUCT_TOKENS and K > 0 and K % 8 == 0 and N > 0 and N % 8 == 0
+    is_there = A.is_cuda and torch.version.hip is None  # ROCm has it for some GPUs only
+    return is_there and M >= LIBRARY_PRODUCT_TOKENS and K > 0 and K % 8 == 0 and N > 0 and N % 8 == 0
 
 
 def _matmul_into(out, A, B, kernel=AUTO):
