@@ -103,6 +103,11 @@ def cpu_only(reason: str):
     return pytest.mark.skipif(DEVICE != "cpu", reason=reason)
 
 
+real_device = pytest.mark.skipif(
+    "BNB_STANDIN_DEVICE" in os.environ, reason="a stand-in for a GPU (tests/standin) does not do: a compiler asks for the real one"
+)
+
+
 def short_name(value) -> str:
     """A test id: `float32` for torch.float32, str() for the rest."""
     return str(value).removeprefix("torch.")

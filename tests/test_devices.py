@@ -138,6 +138,16 @@ def test_pinned_and_shared_memory(name):
     assert_same_bits(pinned.to(DEVICE, non_blocking=True).cpu(), layer.weight.data)
 
 
+@every_layer
+def test_compiles_as_one_graph(name):
+    layer, inputs = make(name, DEVICE), x(requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(inputs).sum().backward()
+    found, inputs.grad = inputs.grad, None
+    layer(inputs).sum().backward()
+    assert_same_bits(found, inputs.grad)
+
+
 # ------------------------------------------------------------------------------------------------------------------ mixed devices
 def quantised_there():
     return F.quantize_4bit(bell(64 * 64).view(64, 64).to(DEVICE), quant_type="nf4")
