@@ -477,6 +477,21 @@ def test_storage_types_and_views(cuda_once, dtype, storage):
         assert_as_good_as_dense(back, A[:, :64].contiguous(), weight.values.T)
 
 
+@halves
+def test_a_weight_that_vectors_cannot_be_read_from_is_dequantised(cuda_once, monkeypatch, dtype):
+    """The kernel that takes any address is for a few tokens."""
+    weight = Weight(64, 128, 64)
+    (packed, *rest), _ = state_of(weight)
+    unaligned = torch.cat([packed[:1], packed])[1:]
+    dense, calls = gemm.dequantize_4bit_into, []
+    monkeypatch.setattr(gemm, "dequantize_4bit_into", lambda *arguments: calls.append(arguments) or dense(*arguments))
+    for B, M, expected in ((packed.clone(), 32, 0), (unaligned, 4, 0), (unaligned, 32, 1)):
+        calls.clear()
+        A = torch.randn(M, 128).to(dtype)
+        assert_as_good_as_dense(gemm.gemm_4bit(A, B, *rest), A, weight.values)
+        assert len(calls) == expected
+
+
 @dtypes
 def test_gemv_takes_levels_from_the_device_and_any_number_of_tokens(cuda_once, dtype):
     for N, K in ((64, 96), (7, 65)):

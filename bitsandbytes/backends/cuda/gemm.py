@@ -90,7 +90,8 @@ def gemm_4bit(
     bias = None if bias is None else bias.contiguous()
     nested = _nested(absmax_8bit, absmax_code, absmax_offset)
     arch = capability(A)
-    plan = forward_plan(arch, _suits_tensor_cores(A.dtype, K, N, K, blocksize, arch), M, N, K)
+    on_tensor_cores = B.data_ptr() % 16 == 0 and _suits_tensor_cores(A.dtype, K, N, K, blocksize, arch)
+    plan = forward_plan(arch, on_tensor_cores, M, N, K)
     out = torch.empty((*rows, N), dtype=A.dtype, device=A.device)
     if plan is not None:
         _run_forward(out, A, B, M, shapeB, absmax, blocksize, quant_type, None, bias, nested, plan)
