@@ -92,6 +92,23 @@ def test_a_hostile_optimizer_state_is_refused_and_leaves_the_optimizer_as_it_was
     torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("make", [bnb.optim.Adam8bit, bnb.optim.PagedAdamW], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("entry", [None, 3, [1, 2]], ids=str)
+def test_an_optimizer_state_may_hold_entries_that_belong_to_no_parameter(entry, make):
+    """torch.optim keeps them. They stand in the way of nothing."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 4096))
+    optimizer = make([parameter], lr=1e-3)
+    parameter.grad = torch.linspace(1, 2, 4096)
+    optimizer.step()
+    good = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(good | {"state": good["state"] | {"mine": entry}})
+    assert optimizer.state_dict()["state"]["mine"] == entry
+    assert copy.deepcopy(optimizer).state["mine"] == entry
+    optimizer.step()
+    optimizer.load_state_dict(good)
+    assert "mine" not in optimizer.state
+
+
 # ------------------------------------------------------------------------------------------------------ what no file holds, but a dict may
 WITHOUT_DATA = [("meta", lambda tensor: tensor.to("meta")), ("sparse", lambda tensor: tensor.cpu().to_sparse())]
 

@@ -61,14 +61,18 @@ class CheckpointedState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._attach()
-        for p, values in self.state.items():
+        for p, values in self._states_of_parameters():
             for key, value in values.items():
                 if is_paged(value):  # a copy only says so
                     values[key] = self._paged_again(local(p), value.detach())
 
     def _wait_for_pages(self) -> None:
         if self.is_paged:
-            wait_for_pages([value for values in self.state.values() for value in values.values()])
+            wait_for_pages([value for _, values in self._states_of_parameters() for value in values.values()])
+
+    def _states_of_parameters(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """The states of parameters. Programs may keep entries of any kind beside them, as in torch.optim."""
+        return [(p, values) for p, values in self.state.items() if isinstance(p, torch.Tensor)]
 
     # ---------------------------------------------------------------------------------------------------------------------- save
 
