@@ -102,6 +102,8 @@ gpu-check:
 	-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(wildcard tests/test_cuda_*.py)
 	$(if $(PUBLISHED),-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) tests/upstream_suite.py $(PUBLISHED))
 	PYTHONPATH=. $(GPU_PYTHON) benchmarking/gpu_benchmark.py $(if $(PUBLISHED_LIBRARY),--published $(PUBLISHED_LIBRARY)) $(BENCHMARK_FLAGS)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarking/host_time.py
+	$(if $(PUBLISHED_PYTHON),$(PUBLISHED_PYTHON) benchmarking/host_time.py)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/output bitsandbytes/libbitsandbytes_*
