@@ -30,9 +30,9 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-CPP_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc tests/native tests/standin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test lint format build wheel benchmark docs published-tests test-native test-emulated sanitize fuzz cuda cuda-test gpu-check clean help
+.PHONY: quickstart test lint format build wheel benchmark docs published-tests test-native test-emulated test-standin sanitize fuzz cuda cuda-test gpu-check clean help
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -86,6 +86,9 @@ test-emulated:
 sanitize: $(VENV)/.test
 	JOBS=$(JOBS) PYTHON=$(abspath $(BIN))/python tests/native/check.sh sanitize
 
+test-standin: $(VENV)/.test
+	$(BIN)/python tests/standin/run.py -m pytest $(PYTEST_FLAGS) --ignore-glob='tests/test_cuda_*' tests
+
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
 
@@ -116,6 +119,7 @@ help:
 	@echo 'make wheel            a wheel for other machines in dist, installed and tried'
 	@echo 'make test-native      the CPU library alone, checked by a program in C++'
 	@echo 'make test-emulated    the same on emulated processors: x86-64 without AVX, and aarch64'
+	@echo 'make test-standin     the tests on a stand-in for GPUs: PyTorch and layers on "cuda", kernels emulated'
 	@echo 'make sanitize         the same, and the tests of the CPU library, with address and undefined-behaviour sanitisers'
 	@echo 'make fuzz             damaged files and arguments for MINUTES=10'
 	@echo 'make cuda             the CUDA library, for every GPU the toolkit knows (CUDA_FLAGS="-DCOMPUTE_CAPABILITY=90": for one)'
