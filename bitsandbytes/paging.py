@@ -5,7 +5,7 @@ Optimizer states live in it, so that a spike of activation memory pushes them ou
 ``page_deviceid`` is the index of the GPU that works on it.
 
 Kernels on a paged tensor do not hold up the host. Before the host touches one that a kernel may still use, it calls ``wait_for_pages``;
-``elementwise_func``, and whatever saves, loads or copies the states of an optimizer, do so themselves.
+``elementwise_func``, the step of an optimizer, and whatever saves, loads or copies its states, do so themselves.
 """
 
 from collections.abc import Iterable, Iterator
@@ -137,9 +137,13 @@ def _start_moving(A: Tensor, device: int, stream: torch.cuda.Stream) -> None:
 
 
 def wait_for_pages(tensors: Iterable[Tensor]) -> None:
-    """Waits for the GPUs that work on those of the tensors that are paged: after that the host may touch them."""
+    """Waits for the GPUs that work on those of the tensors that are paged: after that the host may touch them.
+
+    While a graph is captured nothing runs that could be waited for.
+    """
     for device in {tensor.page_deviceid for tensor in tensors if is_paged(tensor)}:
-        torch.cuda.synchronize(device)
+        if not _is_capturing(device):
+            torch.cuda.synchronize(device)
 
 
 # --------------------------------------------------------------------------------------------------- pages that travel while others are used

@@ -249,6 +249,7 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
                     self.update_step(group, group["params"][pindex], gindex, pindex)
             passed += len(group["params"])
         batch.run()
+        self._wait_for_pages()  # to look into `state` after a step is common, and for torch these are tensors of the CPU
         return loss
 
     def _states(self, gindex: int, places: list[int]) -> list[dict[str, Any]]:
