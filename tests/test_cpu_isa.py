@@ -114,7 +114,8 @@ def test_the_sets_match_what_the_processor_reports(library):
     avx2 = {"avx2", "fma", "f16c"} <= words
     avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
     vnni = avx512 and "avx512_vnni" in words
-    expected = {"scalar": True, "avx2": avx2, "avx512": avx512, "avx512vnni": vnni, "avx512bf16": vnni and "avx512_bf16" in words}
+    bf16 = vnni and {"avx512_bf16", "avx512vbmi"} <= words
+    expected = {"scalar": True, "avx2": avx2, "avx512": avx512, "avx512vnni": vnni, "avx512bf16": bf16}
     expected |= {"neon": True, "neondot": "asimddp" in words}
     assert {name: bool(library.bnb_cpu_isa_supported(name.encode())) for name in SETS} == {name: expected[name] for name in SETS}
     library.has_avx512f_cpu.restype = library.has_avx512bf16_cpu.restype = ct.c_bool

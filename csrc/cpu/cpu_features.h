@@ -61,7 +61,8 @@ inline bool cpu_has_avx512bf16() {
     return __builtin_cpu_supports("avx512bf16");
 }
 
-inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && cpu_has_avx512bf16(); } // no processor has the one without the other
+// These kernels use VBMI as well, which all but one of the processors with BF16 have. That one, Cooper Lake, runs avx512vnni.
+inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && cpu_has_avx512bf16() && __builtin_cpu_supports("avx512vbmi"); }
 
 #elif defined(_M_X64)
 
@@ -88,7 +89,7 @@ inline bool cpu_runs_avx512() {
 
 inline bool cpu_has_avx512bf16() { return system_saves(0xe6) && cpuid_bit(7, 1, 0, 5); }
 inline bool cpu_runs_avx512vnni() { return cpu_runs_avx512() && cpuid_bit(7, 0, 2, 11); }
-inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && cpu_has_avx512bf16(); }
+inline bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && cpu_has_avx512bf16() && cpuid_bit(7, 0, 2, 1); } // and VBMI
 
 #else
 

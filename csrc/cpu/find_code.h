@@ -50,25 +50,23 @@ struct BySearch {
 #if defined(BNB_HAS_TABLE32)
 // By lines, in half the time of a gather where permutations look up 32 floats at once.
 struct ByLines {
-    Table32 segment, cut, slope, offset, low, high;
+    Table32 segment, slope, offset, bound;
 
     explicit ByLines(const LineTable& lines)
-        : segment(load_table32(reinterpret_cast<const float*>(lines.segment))), cut(load_table32(reinterpret_cast<const float*>(lines.cut))),
-          slope(load_table32(lines.slope)), offset(load_table32(lines.offset)), low(load_table32(lines.low)), high(load_table32(lines.high)) {}
+        : segment(load_table32(reinterpret_cast<const float*>(lines.segment))), slope(load_table32(lines.slope)), offset(load_table32(lines.offset)),
+          bound(load_table32(lines.bound)) {}
 
-    // Codes of v, |v| < 2, with the signs of x. `is_sure` is false where a result must not be used.
-    inline I32 code(F32 v, F32 x, bool& is_sure) const {
+    // Codes of v, |v| < 2, with the signs of x. They must not be used if `nearest` comes below kLineTolerance: it becomes the distance, of any
+    // sign, from the nearest whole number.
+    inline I32 code(F32 v, F32 x, F32& nearest) const {
         const I32 sign = shift_right<31>(bits(add(x, splat(0.0f)))); // of zero, whose own does not count: 0
         // A number at a cut belongs to the lower values: a negative one to the larger magnitudes.
         const I32 place = max_bits(add_bits(magnitude_bits(v), sign), splat_bits(kLowestOctave << 23));
-        const I32 octave = shift_right<23>(place);
-        const I32 lower = bits(lookup32(segment, octave));
-        const I32 number = select(less(lookup32(cut, octave), from_bits(place)), add_bits(lower, splat_bits(1)), lower);
-        const I32 line = or_bits(number, shift_left<4>(sign));
-        const F32 exact = fused(lookup32(slope, line), v, lookup32(offset, line));
-        const F32 inside = min(max(exact, lookup32(low, line)), lookup32(high, line));
-        is_sure = !any(less(from_bits(magnitude_bits(beside_whole(inside))), splat(kLineTolerance)));
-        return truncate(inside);
+        const I32 carried = add_bits(bits(lookup32(segment, shift_right<23>(place))), and_bits(place, splat_bits(0x7fffffu)));
+        const I32 line = or_bits(shift_right<23>(carried), shift_left<4>(sign));
+        const F32 exact = min(fused(lookup32(slope, line), v, lookup32(offset, line)), lookup32(bound, line));
+        nearest = nearer_zero(nearest, beside_whole(exact));
+        return absolute(truncate(exact));
     }
 };
 #endif

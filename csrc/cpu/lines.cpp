@@ -13,21 +13,21 @@ constexpr double kFit = kLineTolerance / 4; // the rest is for rounding
 
 // The thresholds of one sign in ascending order of their magnitudes.
 struct Side {
-    bool negative;
     int count;
     double magnitude[kMidpoints];
 
-    Side(const float* midpoints, bool negative) : negative(negative), count(0) {
+    Side(const float* midpoints, bool negative) : count(0) {
         for (int i = 0; i < kMidpoints; ++i) {
             const float m = negative ? -midpoints[kMidpoints - 1 - i] : midpoints[i];
-            if (negative ? m > 0.0f : m >= 0.0f)
+            if (m > 0.0f)
                 magnitude[count++] = m;
         }
     }
 
-    // How many of the thresholds from `first` on lie on a line.
+    // How many of the thresholds from `first` on lie on a line that comes no lower than one code below them where it begins, at the threshold before.
     int length_of_line(int first) const {
-        double flattest = 0.0, steepest = INFINITY; // slopes that pass all thresholds so far
+        const double begin = first > 0 ? magnitude[first - 1] : 0.0;
+        double flattest = 0.0, steepest = (1.0 + kFit) / (magnitude[first] - begin); // slopes that pass all thresholds so far
         int next = first + 1;
         for (; next < count; ++next) {
             const double distance = magnitude[next] - magnitude[first], rise = next - first;
@@ -80,44 +80,44 @@ struct Cuts {
 };
 
 bool find_octaves(const Cuts& cuts, LineTable& table) {
-    for (int i = 0; i < 32; ++i) {
-        table.segment[i] = 0;
-        table.cut[i] = kInfinityBits;
-    }
+    constexpr uint32_t kMantissa = 0x7fffff;
+    for (uint32_t& entry : table.segment)
+        entry = 0;
     for (int i = 0; i < cuts.count; ++i) {
         const uint32_t bits = float_bits(cuts.at[i]), octave = bits >> 23;
-        if (octave < kLowestOctave || octave > 127 || table.cut[octave & 31] != kInfinityBits)
+        if (octave < kLowestOctave || octave > 127 || (i > 0 && float_bits(cuts.at[i - 1]) >> 23 == octave))
             return false;
-        table.cut[octave & 31] = bits;
+        table.segment[octave & 31] += kMantissa - (bits & kMantissa);
         for (uint32_t later = octave + 1; later <= 127; ++later)
-            ++table.segment[later & 31];
+            table.segment[later & 31] += kMantissa + 1;
     }
     return true;
 }
 
-// The line of a segment through its thresholds, those from `first` to `end`. A negative number has no code of a positive one, see keep_sign.
-void fit_line(const float* midpoints, int first, int end, LineTable& table, int index) {
-    const bool is_negative = index >= kMostSegments;
-    double slope = 0.0, offset = first + 0.5;
+// The line of a segment of one sign through its thresholds, those from `first` to `end`, and whether it does what it should, computed as the kernels
+// do: passes the thresholds, and stays on the right side of the next code from there to `nearest`, the end of the segment towards zero.
+bool fit_line(const float* midpoints, int first, int end, bool is_negative, float nearest, float& slope, float& offset, float& bound) {
+    double rise = 0.0, start = first + 0.5;
     if (end - first == 1) { // any rising line through the only threshold
-        slope = 0.25 / (fabs(double(midpoints[first])) + 1e-30);
-        offset = first + 1.0 - slope * midpoints[first];
+        rise = 0.25 / (fabs(double(midpoints[first])) + 1e-30);
+        start = first + 1.0 - rise * midpoints[first];
     } else if (end - first > 1) {
-        slope = double(end - 1 - first) / (double(midpoints[end - 1]) - double(midpoints[first]));
-        offset = first + 1.0 - slope * midpoints[first];
+        rise = double(end - 1 - first) / (double(midpoints[end - 1]) - double(midpoints[first]));
+        start = first + 1.0 - rise * midpoints[first];
     }
-    table.slope[index] = float(slope);
-    table.offset[index] = float(offset);
-    table.low[index] = first + 0.5f;
-    table.high[index] = (is_negative && end == table.negatives && end > 0 ? end - 1 : end) + 0.5f;
-}
-
-// Whether the table's line goes through the thresholds as the kernels compute it.
-bool fits(const float* midpoints, int first, int end, const LineTable& table, int index) {
+    slope = float(rise), offset = float(start);
+    if (!(slope < 1e30f))
+        return false;
     for (int i = first; i < end; ++i)
-        if (!(fabsf(fmaf(table.slope[index], midpoints[i], table.offset[index]) - float(i + 1)) < kLineTolerance))
+        if (!(fabsf(fmaf(slope, midpoints[i], offset) - float(i + 1)) < kLineTolerance))
             return false;
-    return table.slope[index] < 1e30f;
+    const float begin = fmaf(slope, nearest, offset);
+    if (is_negative ? !(begin < end + 1 + kFit) : !(begin > first - kFit))
+        return false;
+    bound = is_negative ? -(first + 0.5f) : end + 0.5f;
+    if (is_negative)
+        slope = -slope, offset = -offset;
+    return true;
 }
 
 } // namespace
@@ -148,10 +148,16 @@ bool build_lines(const float* midpoints, LineTable& table) {
             above_upper += midpoints[i] <= -upper;
             above_lower += midpoints[i] < -lower;
         }
-        const int negative_segment = segment + kMostSegments;
-        fit_line(midpoints, below_lower, below_upper, table, segment);
-        fit_line(midpoints, above_upper, above_lower, table, negative_segment);
-        if (!fits(midpoints, below_lower, below_upper, table, segment) || !fits(midpoints, above_upper, above_lower, table, negative_segment))
+        if (above_lower == table.negatives && above_lower > 0) {
+            --above_lower;
+            above_upper = above_upper < above_lower ? above_upper : above_lower;
+        }
+        const auto fits = [&](int first, int end, bool is_negative) {
+            const int line = segment + (is_negative ? kMostSegments : 0);
+            const float nearest = is_negative ? -lower : lower;
+            return fit_line(midpoints, first, end, is_negative, nearest, table.slope[line], table.offset[line], table.bound[line]);
+        };
+        if (!fits(below_lower, below_upper, false) || !fits(above_upper, above_lower, true))
             return false;
     }
     return true;

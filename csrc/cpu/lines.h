@@ -4,7 +4,7 @@
 // The magnitudes from 0 to 1 are cut into at most 16 segments, at most once within an octave. A cut is made exactly at a threshold; a segment has a
 // line for each sign. The dynamic maps, whose values are spaced evenly within each power of ten, need nine segments. Lines fit to within
 // kLineTolerance, so a result this near to a whole number says nothing and the cell table decides. Everywhere else the whole part is exact, since
-// lines rise.
+// lines rise. Towards zero a line must not leave the codes of its segment by itself; where it does at the far end, a bound stops it.
 #pragma once
 
 #include "../common/types.h"
@@ -12,15 +12,16 @@
 namespace bnb {
 
 struct LineTable {
-    // For each octave, by the low five bits of its exponent: the segment at its lower end, and the bits of the magnitude beyond which the next
-    // segment begins.
-    uint32_t segment[32], cut[32];
-    // For each segment, those of negative numbers in the second half. `low` and `high` keep results half a step within the segment's codes.
-    float slope[32], offset[32], low[32], high[32];
+    // For each octave, by the low five bits of its exponent: the segment at its lower end, shifted left by 23, and what to add to the lower 23 bits of
+    // a magnitude for a carry beyond which the next segment begins.
+    uint32_t segment[32];
+    // For each segment, those of negative numbers in the second half with their signs turned: they rise with the magnitude, to `bound`, which is half
+    // a step within the last code.
+    float slope[32], offset[32], bound[32];
     int negatives; // thresholds below zero
 };
 
-constexpr float kLineTolerance = 1.0f / 4096.0f;
+constexpr float kLineTolerance = 1.0f / 16384.0f;
 constexpr uint32_t kLowestOctave = 96; // smaller magnitudes are in the segment of 2^-31
 
 // For codes that keep the sign of what they encode (keep_sign, with this many negative values). False, table unusable: the code is not made of such

@@ -43,16 +43,24 @@ template <typename Algorithm> struct Stepper {
             moments[k] = load(block.moments[k] + i);
     }
 
-    void step(const Block& block) const {
+    // Leaves the bits of the largest magnitudes of the moments in `largest`.
+    void step(const Block& block, uint32_t* largest) const {
+        I32 most[kMoments];
+        for (int k = 0; k < kMoments; ++k)
+            most[k] = splat_bits(0);
         for (int64_t i = 0; i < block.count; i += W) {
             F32 moments[kMoments];
             load_moments(block, i, moments);
             const F32 value = load(block.p + i);
             const F32 update = movement.direction(load(block.g + i), value, moments);
             store(block.p + i, movement.moved(value, update, scale));
-            for (int k = 0; k < kMoments; ++k)
+            for (int k = 0; k < kMoments; ++k) {
                 store(block.moments[k] + i, moments[k]);
+                most[k] = max_bits(most[k], magnitude_bits(moments[k]));
+            }
         }
+        for (int k = 0; k < kMoments; ++k)
+            largest[k] = reduce_max_bits(most[k]);
     }
 
     // Leaves elements alone whose gradient is zero. False: all of them.
@@ -85,25 +93,29 @@ template <typename Algorithm> struct Stepper {
 
 template <typename Algorithm> void step_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
     const Stepper<Algorithm> stepper(args.scalars, tensor.scale);
+    const Tables tables(args);
     Workspace work;
     for (int64_t index = first; index < last; ++index) {
-        const Block block = load_block(args, tensor, index, work);
+        const Block block = load_block(args, tables, tensor, index, work);
+        uint32_t largest[Algorithm::kMoments];
         if (!stepper.skips_zeros)
-            stepper.step(block);
+            stepper.step(block, largest);
         else if (!stepper.step_touched(block))
             continue;
+        const bool knows_largest = !stepper.skips_zeros && block.count == kBlock; // lanes beyond the end do not count
         store_parameter(args, tensor, block, work);
-        store_moments(args, tensor, index, block, work);
+        store_moments(args, tensor, index, block, work, knows_largest ? largest : nullptr);
     }
 }
 
 template <typename Algorithm>
 OptimizerSquares measure_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
     const Stepper<Algorithm> stepper(args.scalars, 1.0f);
+    const Tables tables(args);
     Workspace work;
     SumOfSquares update, p;
     for (int64_t index = first; index < last; ++index) {
-        const Block block = load_block(args, tensor, index, work);
+        const Block block = load_block(args, tables, tensor, index, work);
         stepper.measure(block, work.update);
         update.add(work.update, block.count);
         p.add(block.p, block.count);

@@ -44,18 +44,27 @@ template <typename T, typename Round> BNB_INLINE void put_floats(const float* x,
         store_first(out + i, round(load(x + i), i), int(count - i));
 }
 
-static void read_codes(const MomentCode& code, const uint8_t* codes, float absmax, int64_t count, float* out) {
-    const Table256 table = load_table256(code.values);
+// The values of the codes, ready for lookups.
+struct Tables {
+    Table256 of[kMostMoments];
+
+    explicit Tables(const OptimizerArgs& args) {
+        for (int k = 0; args.in_8bit && k < args.moments; ++k)
+            of[k] = load_table256(args.codes[k].values);
+    }
+};
+
+static void read_codes(const Table256& table, const float* table_values, const uint8_t* codes, float absmax, int64_t count, float* out) {
     const F32 scale = splat(absmax);
     int64_t i = 0;
-    for (; i + 2 * W <= count; i += 2 * W) {
-        F32 values[2];
-        lookup256_pair(table, codes + i, values);
-        store(out + i, mul(values[0], scale));
-        store(out + i + W, mul(values[1], scale));
+    for (; i + 4 * W <= count; i += 4 * W) {
+        F32 values[4];
+        lookup256_four(table, codes + i, values);
+        for (int k = 0; k < 4; ++k)
+            store(out + i + k * W, mul(values[k], scale));
     }
     for (; i < count; ++i)
-        out[i] = code.values[codes[i]] * absmax;
+        out[i] = table_values[codes[i]] * absmax;
     fill_up(out, count);
 }
 
@@ -79,19 +88,6 @@ template <typename Finder> struct KeepingSign {
     }
 };
 
-#if defined(BNB_HAS_TABLE32)
-struct KeepingSignByLines {
-    ByLines lines;
-    KeepingSign<ByCell> cells; // for the few that lines leave open
-
-    inline I32 code(F32 v, F32 x) const {
-        bool is_sure;
-        const I32 found = lines.code(v, x, is_sure);
-        return is_sure ? found : cells.code(v, x);
-    }
-};
-#endif
-
 template <typename Finder>
 static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, float absmax, uint8_t* out) {
     const float inverse = inverse_absmax(absmax);
@@ -107,13 +103,37 @@ static void write_codes(const MomentCode& code, const Finder finder, const float
         out[i] = uint8_t(keep_sign(blockwise_code(code.midpoints, normalise(x[i], inverse)), x[i], int(code.negatives)));
 }
 
+#if defined(BNB_HAS_TABLE32)
+static void write_codes_by_lines(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
+    constexpr int kTogether = 4; // vectors that are looked at once
+    const ByLines lines(*code.lines);
+    const KeepingSign<ByCell> cells(ByCell(*code.cells), code.negatives);
+    const F32 scale = splat(inverse_absmax(absmax));
+    for (int64_t i = 0; i < count; i += kTogether * W) {
+        F32 nearest = splat(1.0f);
+        I32 found[kTogether];
+        for (int k = 0; k < kTogether; ++k) {
+            const F32 value = load(x + i + k * W);
+            found[k] = lines.code(mul(value, scale), value, nearest);
+        }
+        if (any(less(from_bits(magnitude_bits(nearest)), splat(kLineTolerance))))
+            for (int k = 0; k < kTogether; ++k) {
+                const F32 value = load(x + i + k * W);
+                found[k] = cells.code(mul(value, scale), value);
+            }
+        for (int k = 0; k < kTogether; ++k)
+            store_bytes(out + i + k * W, found[k]);
+    }
+}
+#endif
+
 static void write_moment(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
     if (code.cells == nullptr)
         return write_codes(code, KeepingSign<BySearch>(BySearch(code.midpoints), code.negatives), x, count, absmax, out);
     const KeepingSign<ByCell> by_cell(ByCell(*code.cells), code.negatives);
 #if defined(BNB_HAS_TABLE32)
-    if (code.lines != nullptr)
-        return write_codes(code, KeepingSignByLines{ByLines(*code.lines), by_cell}, x, count, absmax, out);
+    if (code.lines != nullptr && count % (4 * W) == 0 && is_ordinary(absmax, inverse_absmax(absmax)))
+        return write_codes_by_lines(code, x, count, absmax, out);
 #endif
     write_codes(code, by_cell, x, count, absmax, out);
 }
@@ -137,7 +157,7 @@ struct Block {
     float* moments[kMostMoments];
 };
 
-BNB_INLINE Block load_block(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, Workspace& work) {
+BNB_INLINE Block load_block(const OptimizerArgs& args, const Tables& tables, const OptimizerTensor& tensor, int64_t index, Workspace& work) {
     const Range range = elements_of_block(index, kBlock, tensor.n);
     Block block{range.begin, range.end - range.begin, nullptr, nullptr, {}};
     with_element_type(tensor.g_dtype, [&](auto* element) {
@@ -149,8 +169,8 @@ BNB_INLINE Block load_block(const OptimizerArgs& args, const OptimizerTensor& te
     for (int k = 0; k < args.moments; ++k) {
         if (args.in_8bit) {
             block.moments[k] = work.moments[k];
-            read_codes(args.codes[k], static_cast<const uint8_t*>(tensor.moments[k]) + block.begin, tensor.absmax[k][index], block.count,
-                       work.moments[k]);
+            const uint8_t* codes = static_cast<const uint8_t*>(tensor.moments[k]) + block.begin;
+            read_codes(tables.of[k], args.codes[k].values, codes, tensor.absmax[k][index], block.count, work.moments[k]);
         } else {
             const float* moment = static_cast<const float*>(tensor.moments[k]) + block.begin;
             block.moments[k] = const_cast<float*>(as_floats(moment, block.count, work.moments[k]));
@@ -171,19 +191,20 @@ BNB_INLINE void store_parameter(const OptimizerArgs& args, const OptimizerTensor
     });
 }
 
-static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block) {
+// `largest` are the bits of the largest magnitudes of the moments where they are known, or null.
+static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const uint32_t* largest) {
     float absmax[kMostMoments];
-    const auto measure = [&] {
+    const auto measure = [&](const uint32_t* known) {
         bool is_finite = true;
         for (int k = 0; k < args.moments; ++k) {
-            absmax[k] = block_absmax(block.moments[k], block.count);
+            absmax[k] = known != nullptr ? absmax_from_bits(known[k]) : block_absmax(block.moments[k], block.count);
             is_finite = is_finite && float_bits(absmax[k]) < kInfinityBits;
         }
         return is_finite;
     };
-    if (!measure()) {
+    if (!measure(largest)) {
         reset_spoilt(args, block.count, block.moments);
-        measure();
+        measure(nullptr);
     }
     for (int k = 0; k < args.moments; ++k) {
         const MomentCode& code = args.codes[k];
@@ -193,9 +214,10 @@ static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor
     }
 }
 
-BNB_INLINE void store_moments(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const Workspace& work) {
+BNB_INLINE void store_moments(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const Workspace& work,
+                              const uint32_t* largest) {
     if (args.in_8bit)
-        return store_codes(args, tensor, index, block);
+        return store_codes(args, tensor, index, block, largest);
     for (int k = 0; k < args.moments; ++k)
         if (block.moments[k] == work.moments[k])
             put_floats(work.moments[k], block.count, static_cast<float*>(tensor.moments[k]) + block.begin, [](F32 v, int64_t) { return v; });

@@ -27,7 +27,7 @@
 //   twice_plus(i, m)                2 * i + (m ? 1 : 0): one step down a binary search tree
 //   Table8, lookup8(t, i)           t[i] for i in [0, 8), the table kept in registers
 //   Table16, lookup16(t, i)         t[i] for i in [0, 16)
-//   Table256                        lookup256_pair(t, p, out): t[p[lane]] for the 2 * W bytes at p, in two vectors
+//   Table256                        lookup256_pair(t, p, out): t[p[lane]] for the 2 * W bytes at p, in two vectors; lookup256_four in four
 //   gather(p, i)                    p[i] for each lane, p of float or uint32_t
 //   load_bytes(p), store_bytes(p,i) W bytes, widened to or cut from 32 bits; load_signed_bytes(p) of int8
 //   load_nibbles(p)                 W codes from W / 2 bytes, high nibble first. Bits above the fourth are undefined: only lookup16 may use them

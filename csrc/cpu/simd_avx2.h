@@ -150,6 +150,11 @@ BNB_INLINE void lookup256_pair(Table256 table, const uint8_t* i, F32* out) {
     out[1] = lookup256(table, i + W);
 }
 
+BNB_INLINE void lookup256_four(Table256 table, const uint8_t* i, F32* out) {
+    lookup256_pair(table, i, out);
+    lookup256_pair(table, i + 2 * W, out + 2);
+}
+
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), index.v, 4)}; }
 
 BNB_INLINE I32 load_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }

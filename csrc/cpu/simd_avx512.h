@@ -28,15 +28,21 @@ struct Table16 {
     __m512 v;
 };
 
-#define BNB_HAS_TABLE32 // and what find_code.h needs beside it: any(m), beside_whole(v)
+#define BNB_HAS_TABLE32 // and what find_code.h needs beside it: any(m), beside_whole(v), absolute(i)
 
 struct Table32 {
     __m512 low, high;
 };
 
+#if defined(__AVX512VBMI__)
+struct Table256 {
+    __m512i bytes[4][4]; // the lowest bytes of the entries, ..., the highest
+};
+#else
 struct Table256 {
     __m512i low[8], high[8]; // the lower and the upper 16 bits of the entries
 };
+#endif
 
 BNB_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
 
@@ -108,6 +114,8 @@ BNB_INLINE Mask differ(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP
 BNB_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 BNB_INLINE I32 select(Mask m, I32 a, I32 b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 
+BNB_INLINE F32 nearer_zero(F32 a, F32 b) { return {_mm512_range_ps(a.v, b.v, 2)}; }
+BNB_INLINE I32 absolute(I32 a) { return {_mm512_abs_epi32(a.v)}; }
 BNB_INLINE bool any(Mask m) { return m.v != 0; }
 BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm512_maskz_mov_epi32(__mmask16(~m.v), a.v)}; }
 
@@ -124,6 +132,48 @@ BNB_INLINE F32 lookup32(const Table32& table, I32 index) { return {_mm512_permut
 BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 
+#if defined(__AVX512VBMI__)
+BNB_INLINE Table256 load_table256(const float* p) {
+    Table256 table;
+    for (int part = 0; part < 4; ++part)
+        for (int byte = 0; byte < 4; ++byte) {
+            __m128i quarters[4];
+            for (int i = 0; i < 4; ++i)
+                quarters[i] = _mm512_cvtepi32_epi8(_mm512_srl_epi32(_mm512_loadu_si512(p + 64 * part + 16 * i), _mm_cvtsi32_si128(8 * byte)));
+            const __m256i lower = _mm256_inserti128_si256(_mm256_castsi128_si256(quarters[0]), quarters[1], 1);
+            const __m256i upper = _mm256_inserti128_si256(_mm256_castsi128_si256(quarters[2]), quarters[3], 1);
+            table.bytes[byte][part] = _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1);
+        }
+    return table;
+}
+
+// The bytes of the floats are looked up apart, 64 at a time: a permutation looks up the low seven bits of the index in two registers, a blend chooses
+// between two results. Codes are put in the order in which the bytes meet again.
+BNB_INLINE void lookup256(const Table256& table, __m512i codes, F32* out) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i index = _mm512_permutexvar_epi32(order, codes);
+    const __mmask64 bit7 = _mm512_movepi8_mask(index);
+    __m512i bytes[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m512i* part = table.bytes[i];
+        bytes[i] = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(part[0], index, part[1]), bit7, _mm512_permutex2var_epi8(part[2], index, part[3]));
+    }
+    const __m512i low[2] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[0], bytes[1])};
+    const __m512i high[2] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]), _mm512_unpackhi_epi8(bytes[2], bytes[3])};
+    for (int i = 0; i < 2; ++i) {
+        out[2 * i].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[i], high[i]));
+        out[2 * i + 1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[i], high[i]));
+    }
+}
+
+BNB_INLINE void lookup256_pair(const Table256& table, const uint8_t* p, F32* out) {
+    F32 four[4];
+    lookup256(table, _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), four);
+    out[0] = four[0], out[1] = four[1];
+}
+
+BNB_INLINE void lookup256_four(const Table256& table, const uint8_t* p, F32* out) { lookup256(table, _mm512_loadu_si512(p), out); }
+#else
 BNB_INLINE Table256 load_table256(const float* p) {
     const __m512i even = _mm512_setr_epi32(0x00020000, 0x00060004, 0x000a0008, 0x000e000c, 0x00120010, 0x00160014, 0x001a0018, 0x001e001c, 0x00220020,
                                            0x00260024, 0x002a0028, 0x002e002c, 0x00320030, 0x00360034, 0x003a0038, 0x003e003c);
@@ -155,6 +205,12 @@ BNB_INLINE void lookup256_pair(const Table256& table, const uint8_t* p, F32* out
     out[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
     out[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
+
+BNB_INLINE void lookup256_four(const Table256& table, const uint8_t* p, F32* out) {
+    lookup256_pair(table, p, out);
+    lookup256_pair(table, p + 2 * W, out + 2);
+}
+#endif
 
 BNB_INLINE F32 gather(const float* p, I32 index) { return {_mm512_i32gather_ps(index.v, p, 4)}; }
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm512_i32gather_epi32(index.v, p, 4)}; }

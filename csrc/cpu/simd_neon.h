@@ -141,6 +141,11 @@ BNB_INLINE void lookup256_pair(Table256 table, const uint8_t* i, F32* out) {
     out[1] = lookup256(table, i + W);
 }
 
+BNB_INLINE void lookup256_four(Table256 table, const uint8_t* i, F32* out) {
+    lookup256_pair(table, i, out);
+    lookup256_pair(table, i + 2 * W, out + 2);
+}
+
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) {
     const int32x4_t i = vreinterpretq_s32_u32(index.v);
     const uint32_t lanes[W] = {p[vgetq_lane_s32(i, 0)], p[vgetq_lane_s32(i, 1)], p[vgetq_lane_s32(i, 2)], p[vgetq_lane_s32(i, 3)]};

@@ -119,6 +119,11 @@ BNB_INLINE void lookup256_pair(Table256 table, const uint8_t* i, F32* out) {
     out[1] = lookup256(table, i + W);
 }
 
+BNB_INLINE void lookup256_four(Table256 table, const uint8_t* i, F32* out) {
+    lookup256_pair(table, i, out);
+    lookup256_pair(table, i + 2 * W, out + 2);
+}
+
 BNB_INLINE F32 gather(const float* p, I32 index) { BNB_EACH(F32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 gather(const uint32_t* p, I32 index) { BNB_EACH(I32, p[int32_t(index.v[i])]); }
 BNB_INLINE I32 load_bytes(const uint8_t* p) { BNB_EACH(I32, p[i]); }
