@@ -9,15 +9,27 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_cpu import SETS, assert_same_floats, at_page_edge, lib, library  # noqa: F401  (fixtures among them)
+from native_cpu import SETS, assert_same_floats, lib, library  # noqa: F401  (fixtures among them)
 import numpy as np
-from optimizer_cases import EXTREMES, FLOATS, SCALARS, SIGNED, UNSIGNED, VARIANTS, Case, assert_same, make_case, variants
+from optimizer_cases import (
+    EXTREMES,
+    FLOATS,
+    SIGNED,
+    UNSIGNED,
+    VARIANTS,
+    Case,
+    RawStep,
+    assert_nothing_beyond_is_touched,
+    assert_same,
+    make_case,
+    spoilt_steps,
+    variants,
+)
 import pytest
 import torch
 
 from bitsandbytes.backends.cpu import optimizers as native
 from bitsandbytes.backends.default import optimizers as reference
-from bitsandbytes.backends.native_optimizers import NativeSettings, NativeTensors
 
 ops = torch.ops.bitsandbytes
 # The fixture only chooses a set, which lasts for all examples.
@@ -239,18 +251,7 @@ def test_the_number_of_threads_changes_nothing(lib, bits, max_unorm):
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("length", [1, 3, 17, 255, 257, 600])
 def test_nothing_beyond_the_tensors_is_touched(lib, at_end, bits, length):
-    def edge(tensor):
-        words = {4: np.int32, 2: np.int16, 1: np.uint8}[tensor.element_size()]
-        return torch.from_numpy(at_page_edge(tensor.view(torch.uint8).numpy().view(words), at_end)).view(tensor.dtype)
-
-    for dtype in FLOATS:
-        for more in ({}, {"seeds": [1]}, {"max_unorm": 0.1}, {"skip_zeros": True}):
-            case = make_case("adam", {"amsgrad": True}, [length], bits, dtype, **more)
-            expected = case.stepped_by(native.optimizer_step)
-            for tensors in (case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm):
-                tensors[:] = map(edge, tensors)
-            native.optimizer_step(case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm, **case.settings)
-            assert_same(case, expected)
+    assert_nothing_beyond_is_touched(native.optimizer_step, length, bits, at_end)
 
 
 def memory_in_use(field: str) -> int:
@@ -280,64 +281,16 @@ def test_autograd_learns_of_the_change():
 
 
 # ---------------------------------------------------------------------------------------------------------------------- bad arguments
-class Raw:
-    """A call of the C function whose fields can be spoilt one by one."""
-
-    def __init__(self):
-        self.case = make_case("adam", {}, [600], 8, max_unorm=0.1)
-        self.keep = []
-        pointer, case = self.pointers, self.case
-        numbers = {"sizes": [600], "g_dtypes": [0], "seeds": [5]}
-        self.tensors = NativeTensors(
-            count=1, p=pointer(case.p), g=pointer(case.g), moments=pointer(case.moments), absmax=pointer(case.absmax),
-            update_norms=case.unorm[0].data_ptr(), **{name: self.integers(values) for name, values in numbers.items()},
-        )  # fmt: skip
-        s = SCALARS
-        self.settings = NativeSettings(
-            0, 0, 3, s["lr"], s["beta1"], s["beta2"], s["beta3"], s["alpha"], s["eps"], 0.0, 1.0, 0.5, 0.5, 0.1, -1.0, 1, 0, 0, 0, 0,
-            (ct.c_void_p * 3)(*(code.data_ptr() for code in case.qmaps)),
-        )  # fmt: skip
-
-    def pointers(self, tensors) -> int:
-        return self.integers([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-
-    def integers(self, values) -> int:
-        self.keep.append((ct.c_int64 * len(values))(*values))
-        return ct.addressof(self.keep[-1])
-
+class Raw(RawStep):
     def call(self, threads: int = 1) -> int:
         return native._optimizer_step(ct.byref(self.tensors), ct.byref(self.settings), threads)
-
-
-SPOILT_TENSORS = {
-    "negative count": lambda raw: {"count": -1},
-    "immense count": lambda raw: {"count": 2**62},
-    "negative size": lambda raw: {"sizes": raw.integers([-1])},
-    "immense size": lambda raw: {"sizes": raw.integers([2**62])},
-    "unknown dtype of the gradient": lambda raw: {"g_dtypes": raw.integers([3])},
-    "a dtype that only looks right in 32 bits": lambda raw: {"g_dtypes": raw.integers([2**32])},
-    "null in p": lambda raw: {"p": raw.pointers([None])},
-    "null in g": lambda raw: {"g": raw.pointers([None])},
-    "null in moments": lambda raw: {"moments": raw.pointers([raw.case.moments[0], None])},
-    "null in absmax": lambda raw: {"absmax": raw.pointers([None, raw.case.absmax[0]])},
-} | {f"no {name}": lambda raw, name=name: {name: None} for name in ("sizes", "p", "g", "g_dtypes", "moments", "absmax", "update_norms")}
-SPOILT_SETTINGS = [{"algorithm": 6}, {"algorithm": -1}, {"dtype": 3}, {"dtype": -1}, {"dtype": 2**32}, {"step": 0}, {"amsgrad": 1}]
 
 
 def test_the_c_function_refuses_nonsense(library):
     sound = Raw()
     untouched = sound.case.copy()
     assert sound.call() == 0 and not torch.equal(sound.case.p[0], untouched.p[0])
-    raws = []
-    for spoil in SPOILT_TENSORS.values():
-        raws.append(Raw())
-        for name, value in spoil(raws[-1]).items():
-            setattr(raws[-1].tensors, name, value)
-    for fields in SPOILT_SETTINGS:  # the last one needs a third code table
-        raws.append(Raw())
-        for name, value in fields.items():
-            setattr(raws[-1].settings, name, value)
-    for raw in raws:
+    for raw in spoilt_steps(Raw):
         assert raw.call() == 1
         assert_same(raw.case, untouched)
     assert Raw().call(threads=-1) == 1

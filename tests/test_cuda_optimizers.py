@@ -5,17 +5,28 @@ Parameters, moments, codes and their statistics are compared bit for bit. Only t
 
 import ctypes as ct
 
-from native_cpu import assert_same_floats, at_page_edge
+from native_cpu import assert_same_floats
 from native_cuda import cuda, cuda_once, emulated_library, no_streams  # noqa: F401
 import numpy as np
-from optimizer_cases import EXTREMES, FLOATS, SCALARS, SIGNED, UNSIGNED, Case, assert_same, make_case, variants
+from optimizer_cases import (
+    EXTREMES,
+    FLOATS,
+    SIGNED,
+    UNSIGNED,
+    Case,
+    RawStep,
+    assert_nothing_beyond_is_touched,
+    assert_same,
+    make_case,
+    spoilt_steps,
+    variants,
+)
 import pytest
 import torch
 
 from bitsandbytes import paging
 from bitsandbytes.backends.cuda import optimizers as native
 from bitsandbytes.backends.default import optimizers as reference
-from bitsandbytes.backends.native_optimizers import NativeSettings, NativeTensors
 from bitsandbytes.cextension import CudaBNBNativeLibrary
 
 TAILS = [0, 1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 2047, 2048, 2049, 0]
@@ -277,74 +288,25 @@ def test_norms_do_not_depend_on_the_company(cuda_once):
 @bits
 @pytest.mark.parametrize("length", [1, 3, 130, 255, 600])
 def test_nothing_beyond_the_tensors_is_touched(cuda_once, at_end, bits, length):
-    def edge(tensor):
-        words = {4: np.int32, 2: np.int16, 1: np.uint8}[tensor.element_size()]
-        return torch.from_numpy(at_page_edge(tensor.view(torch.uint8).numpy().view(words), at_end)).view(tensor.dtype)
-
-    for dtype in FLOATS:
-        for more in ({}, {"seeds": [1]}, {"max_unorm": 0.1}, {"skip_zeros": True}):
-            case = make_case("adam", {"amsgrad": True}, [length], bits, dtype, **more)
-            expected = case.stepped_by(native.optimizer_step)
-            for tensors in (case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm):
-                tensors[:] = map(edge, tensors)
-            native.optimizer_step(case.p, case.g, case.moments, case.absmax, case.qmaps, case.unorm, **case.settings)
-            assert_same(case, expected)
+    assert_nothing_beyond_is_touched(native.optimizer_step, length, bits, at_end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- bad arguments
-class Raw:
-    """A call of the C function whose fields can be spoilt one by one."""
-
+class Raw(RawStep):
     def __init__(self, library):
-        self.library, self.case, self.keep = library, make_case("adam", {}, [600], 8, max_unorm=0.1), []
-        pointer, case = self.pointers, self.case
-        numbers = {"sizes": [600], "g_dtypes": [0], "seeds": [5]}
-        self.tensors = NativeTensors(
-            count=1, p=pointer(case.p), g=pointer(case.g), moments=pointer(case.moments), absmax=pointer(case.absmax),
-            update_norms=case.unorm[0].data_ptr(), **{name: self.integers(values) for name, values in numbers.items()},
-        )  # fmt: skip
-        s = SCALARS
-        self.settings = NativeSettings(
-            0, 0, 3, s["lr"], s["beta1"], s["beta2"], s["beta3"], s["alpha"], s["eps"], 0.0, 1.0, 0.5, 0.5, 0.1, -1.0, 1, 0, 0, 0, 0,
-            (ct.c_void_p * 3)(*(code.data_ptr() for code in case.qmaps)),
-        )  # fmt: skip
-        self.workspace = torch.empty(20, dtype=torch.uint8)
-
-    def pointers(self, tensors) -> int:
-        return self.integers([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-
-    def integers(self, values) -> int:
-        self.keep.append((ct.c_int64 * len(values))(*values))
-        return ct.addressof(self.keep[-1])
+        super().__init__()
+        self.library, self.workspace = library, torch.empty(20, dtype=torch.uint8)
 
     def call(self, workspace: int | None = 20, device: int = 0) -> int:
         where = (ct.c_void_p(self.workspace.data_ptr()), ct.c_int64(workspace)) if workspace is not None else (None, ct.c_int64(20))
         return self.library.bnb_cuda_optimizer_step(ct.byref(self.tensors), ct.byref(self.settings), *where, device, None)
 
 
-SPOILT_TENSORS = {
-    "negative count": lambda raw: {"count": -1},
-    "negative size": lambda raw: {"sizes": raw.integers([-1])},
-    "immense size": lambda raw: {"sizes": raw.integers([2**62])},
-    "unknown dtype of the gradient": lambda raw: {"g_dtypes": raw.integers([3])},
-    "null in p": lambda raw: {"p": raw.pointers([None])},
-    "null in moments": lambda raw: {"moments": raw.pointers([raw.case.moments[0], None])},
-    "null in absmax": lambda raw: {"absmax": raw.pointers([None, raw.case.absmax[0]])},
-} | {f"no {name}": lambda raw, name=name: {name: None} for name in ("sizes", "p", "g", "g_dtypes", "moments", "absmax", "update_norms")}
-
-
 def test_the_c_function_refuses_nonsense(cuda_once):
     sound = Raw(cuda_once)
     untouched = sound.case.copy()
     assert sound.call() == 0 and not torch.equal(sound.case.p[0], untouched.p[0])
-    raws = []
-    for spoil in SPOILT_TENSORS.values():
-        raws.append(Raw(cuda_once))
-        for name, value in spoil(raws[-1]).items():
-            setattr(raws[-1].tensors, name, value)
-    for field, value in {"algorithm": 6, "dtype": 3, "step": 0, "amsgrad": 1}.items():  # the last one needs a third code table
-        raws.append(Raw(cuda_once))
-        setattr(raws[-1].settings, field, value)
+    raws = list(spoilt_steps(lambda: Raw(cuda_once)))
     for raw in raws:
         assert raw.call() == 1
     wants_room = Raw(cuda_once)
