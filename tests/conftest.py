@@ -25,6 +25,7 @@ ON_THE_CPU = {
     "test_examples": "examples choose their device",
     "test_fuzz": "arguments of the CPU's library",
     "test_gpu_loading": "loads a library made up",
+    "test_host_time": "measures what surrounds kernels, of whichever speed",
     "test_native_loading": "loads the library of the CPU",
     "test_optim_sharding": "gloo, which joins processes here, moves memory of the host",
     "test_packaging": "looks at files",
