@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable
 import ctypes as ct
 from dataclasses import dataclass
+import functools
 from operator import add, gt
 from typing import Optional
 
@@ -59,18 +60,22 @@ class _Table:
         self.addresses = array("Q", list(map(_data_ptr, self.plain)))
 
     def overlaps(self) -> bool:
-        """Whether two of the tensors may share memory: then, in the order of memory, one ends behind the next beginning."""
+        """Whether two of the tensors may share memory."""
         if self.plain is self.tensors:
-            starts, spans = self.addresses, [tensor.nbytes for tensor in self.tensors]
-        else:
-            starts, spans = list(map(_data_ptr, self.tensors)), list(map(_span, self.tensors))
-        return any(map(gt, sorted(map(add, starts, spans)), sorted(starts)[1:]))
+            return _overlap(tuple(self.addresses), tuple([tensor.nbytes for tensor in self.tensors]))
+        return _overlap(tuple(map(_data_ptr, self.tensors)), tuple(map(_span, self.tensors)))
 
     def write_back(self) -> None:
         if self.plain is not self.tensors:
             for tensor, plain in zip(self.tensors, self.plain):
                 if plain is not tensor:
                     tensor.copy_(plain)
+
+
+@functools.lru_cache(maxsize=16)  # a step asks about the same numbers as the one before
+def _overlap(starts: tuple[int, ...], spans: tuple[int, ...]) -> bool:
+    """Whether two stretches of memory overlap: then, among all in the order of memory, one ends behind the next beginning."""
+    return any(map(gt, sorted(map(add, starts, spans)), sorted(starts)[1:]))
 
 
 def start_of(numbers: array) -> Optional[int]:

@@ -102,7 +102,7 @@ class Batch:
         Args:
             states: their step counts, moments and what belongs to them.
             config: their settings.
-            ordinals: their numbers among the parameters of the optimizer.
+            ordinals: their numbers among the parameters of the optimizer, which only stochastic rounding wants to know.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -118,7 +118,7 @@ class Batch:
         for rows in _alike(shared):
             first = rows[0]
             settings = scalars(self.algorithm, config, shared[0][first] + 1)
-            call = _Call(kept, settings, limited, *([column[i] for i in rows] for column in (p, g, states)))
+            call = _Call(kept, settings, limited, *(picked(column, rows) for column in (p, g, states)))
             if config["stochastic_rounding"]:
                 call.seeds = [(config["seed"] + ordinals[i] * 0x9E3779B1) & 0xFFFFFFFF for i in rows]  # parameters must not round alike
             if limited and is_dtensor(params[first]):
@@ -147,6 +147,11 @@ def _what_a_call_shares(p: list[torch.Tensor], states: list[dict[str, Any]], kep
     """Of all parameters: the numbers of steps taken, devices, dtypes, and their code tables, by identity."""
     columns = [[int(state["step"]) for state in states], [part.device for part in p], [part.dtype for part in p]]
     return columns + [[id(state.get(moment.keys[2])) for state in states] for moment in kept]
+
+
+def picked(column: list, rows: Sequence[int]) -> list:
+    """What a column has in some rows, in ascending order."""
+    return column if len(rows) == len(column) else [column[row] for row in rows]
 
 
 def _alike(columns: list[list]) -> list[Sequence[int]]:

@@ -11,7 +11,7 @@ from .. import functional as F
 from .._ops import OPTIMIZER_BLOCKSIZE, blocks
 from ..paging import start_filling
 from .algorithms import STATE_KEYS, Moment, moments_of, require_numbers
-from .batch import Batch
+from .batch import Batch, picked
 from .constructors import accepts_removed_arguments
 from .manager import GlobalOptimManager
 from .sharding import local
@@ -269,7 +269,8 @@ class Optimizer8bit(CheckpointedState, torch.optim.Optimizer):
         params = [group["params"][pindex] for pindex in places]
         for override, rows in self._by_override(params):
             config = self._config(group, override)
-            self._add(batch, [params[i] for i in rows], [states[i] for i in rows], config, [passed + places[i] for i in rows])
+            ordinals = [passed + places[row] for row in rows] if config["stochastic_rounding"] else []
+            self._add(batch, picked(params, rows), picked(states, rows), config, ordinals)
 
     def _by_override(self, params: list[torch.Tensor]) -> list[tuple[Optional[dict[str, Any]], Sequence[int]]]:
         """Settings that parameters have of their own, with the numbers of those parameters; None with the numbers of all others."""
