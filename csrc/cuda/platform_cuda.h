@@ -18,7 +18,7 @@ namespace bnb {
 constexpr int kWarpSize = 32;
 
 // What the arguments of a kernel may take; before CUDA 13 there were GPUs that take no more.
-constexpr int kParameterBytes = __CUDACC_VER_MAJOR__ >= 13 ? 32764 : 4096;
+constexpr int kParameterBytes = CUDART_VERSION >= 13000 ? 32764 : 4096;
 
 // --------------------------------------------------------------------------------------------------------------------- warps
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {

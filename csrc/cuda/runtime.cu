@@ -1,6 +1,7 @@
 // Devices: which is current, what it can do, what went wrong.
 #include "device.h"
 
+#include <atomic>
 #include <cstdio>
 #include <mutex>
 
@@ -54,7 +55,7 @@ DeviceProperties ask(int device) {
 }
 
 struct Device {
-    std::once_flag is_asked;
+    std::atomic<bool> is_known{false};
     DeviceProperties properties;
 };
 
@@ -62,13 +63,17 @@ struct Device {
 
 const DeviceProperties& device_properties() {
     static Device devices[kMostDevices];
+    static std::mutex asking;
     int current = 0;
     get_device(current);
     Device& device = devices[current < kMostDevices ? current : 0];
-    if (kIsEmulated) // tests change what it is
-        device.properties = ask(current);
-    else
-        std::call_once(device.is_asked, [&] { device.properties = ask(current); });
+    if (kIsEmulated || !device.is_known.load(std::memory_order_acquire)) { // tests change what an emulated one is
+        const std::lock_guard<std::mutex> one_asks(asking);
+        if (kIsEmulated || !device.is_known.load(std::memory_order_relaxed)) {
+            device.properties = ask(current);
+            device.is_known.store(true, std::memory_order_release);
+        }
+    }
     return device.properties;
 }
 
