@@ -14,8 +14,13 @@ import shutil
 import subprocess
 import sys
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 TESTS, ROOT = HERE.parent, HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(TESTS)]
+from native_cuda import build_emulated_library  # noqa: E402
+
 BUILD = Path(os.environ.get("BNB_STANDIN_BUILD", ROOT / "build" / "standin"))
 
 
@@ -26,22 +31,13 @@ def build_device(torch_folder: Path) -> Path:
         subprocess.CalledProcessError: the compiler failed.
     """
     source, library = HERE / "device.cpp", BUILD / "device.so"
-    inputs = (source, torch_folder / "version.py")
+    inputs = (source, source.with_name("memory.h"), torch_folder / "version.py")
     if not library.exists() or any(path.stat().st_mtime > library.stat().st_mtime for path in inputs):
         library.parent.mkdir(parents=True, exist_ok=True)
         include, lib = torch_folder / "include", torch_folder / "lib"
-        command = [
-            os.environ.get("CXX", "c++"),
-            "-std=c++20",
-            "-O1",
-            "-fPIC",
-            "-shared",
-            "-isystem",
-            include,
-            "-isystem",
-            include / "torch/csrc/api/include",
-        ]
-        command += ["-Wall", "-Wextra", source, "-o", library.with_suffix(".new"), f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+        folders = ["-isystem", include, "-isystem", include / "torch/csrc/api/include", f"-L{lib}", f"-Wl,-rpath,{lib}"]
+        options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", *folders]
+        command = [os.environ.get("CXX", "c++"), *options, source, "-o", library.with_suffix(".new"), "-ltorch_cpu", "-lc10"]
         subprocess.run(list(map(str, command)), check=True)
         library.with_suffix(".new").replace(library)
     return library
@@ -60,10 +56,6 @@ def assemble_package(emulated_library: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """The variables of a process that is to see the stand-in, everything built that they name."""
-    sys.path[:0] = [str(ROOT), str(TESTS)]
-    from native_cuda import build_emulated_library
-    import torch
-
     device = build_device(Path(torch.__file__).parent)
     package = assemble_package(build_emulated_library())
     paths = [HERE, package, TESTS, ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -71,5 +63,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, **{name: str(value) for name, value in settings.items()}}
 
 
+def hindrance() -> str | None:
+    """Why it cannot be done here."""
+    if torch.version.cuda or torch.version.hip:
+        return "This PyTorch has GPUs of its own: run the tests with BNB_TEST_DEVICE=cuda."
+    if sys.platform != "linux" or sys.version_info < (3, 11):
+        return "The stand-in for a GPU needs Linux and Python 3.11 or newer."
+    return None
+
+
 if __name__ == "__main__":
+    if reason := hindrance():
+        sys.exit(reason)
     os.execve(sys.executable, [sys.executable, *sys.argv[1:]], environment())
