@@ -66,7 +66,9 @@ class _Table:
         return _overlap(tuple(map(_data_ptr, self.tensors)), tuple(map(_span, self.tensors)))
 
     def write_back(self) -> None:
-        if self.plain is not self.tensors:
+        if self.plain is self.tensors:
+            return
+        with torch.no_grad():
             for tensor, plain in zip(self.tensors, self.plain):
                 if plain is not tensor:
                     tensor.copy_(plain)
@@ -109,7 +111,6 @@ class Step:
     max_unorm: float = 0.0
     param_norm: float = _OWN_NORM
 
-    @torch.no_grad()
     def run(self, p: list, g: list, moments: list, absmax: list, unorm: list = (), seeds: list = ()) -> None:
         if not p:
             return
