@@ -103,6 +103,7 @@ gpu-check:
 	cmake -S . -B build/gpu_check -DCOMPUTE_BACKEND=cuda -DCOMPUTE_CAPABILITY="$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)"
 	cmake --build build/gpu_check --parallel $(JOBS)
 	-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(wildcard tests/test_cuda_*.py)
+	-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider --ignore-glob='tests/test_cuda_*' tests
 	$(if $(PUBLISHED),-BNB_TEST_DEVICE=cuda PYTHONPATH=. $(GPU_PYTHON) tests/upstream_suite.py $(PUBLISHED))
 	PYTHONPATH=. $(GPU_PYTHON) benchmarking/gpu_benchmark.py $(if $(PUBLISHED_LIBRARY),--published $(PUBLISHED_LIBRARY)) $(BENCHMARK_FLAGS)
 	PYTHONPATH=. $(GPU_PYTHON) benchmarking/host_time.py
