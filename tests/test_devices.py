@@ -85,6 +85,19 @@ def test_every_way_to_a_device(name, move):
 
 
 @every_layer
+@pytest.mark.parametrize("move", [lambda m: m.cuda(), lambda m: m.to(DEVICE), lambda m: m.to(torch.device(DEVICE, 0))])
+def test_a_move_to_where_it_is_changes_nothing(name, move):
+    layer = make(name, DEVICE)
+    weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
+    scales = layer.weight.SCB if state is None else state.absmax
+    places = [tensor.data_ptr() for tensor in (weight, layer.bias, scales)]
+    move(layer)
+    assert layer.weight is weight and getattr(weight, "quant_state", None) is state
+    scales = layer.weight.SCB if state is None else state.absmax
+    assert places == [tensor.data_ptr() for tensor in (weight, layer.bias, scales)]
+
+
+@every_layer
 @pytest.mark.parametrize("quantised_at", ["cpu", DEVICE])
 def test_there_and_back_and_there_again(name, quantised_at):
     layer = make(name, quantised_at)

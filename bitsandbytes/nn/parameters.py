@@ -278,7 +278,7 @@ class Params4bit(QuantisedParameter):
         if device is not None:
             data = data.to(device, non_blocking=non_blocking)
         if state is not None:
-            state = _state_on(state, device)
+            state = _state_on(state, None if device is None else data.device)  # "cuda" is one of several; the data know which
             state = state if dtype is None else _state_for(state, dtype)
         return self._with(data, quant_state=state, bnb_quantized=True)
 
