@@ -27,6 +27,7 @@ ON_THE_CPU = {
     "test_gpu_loading": "loads a library made up",
     "test_host_time": "measures what surrounds kernels, of whichever speed",
     "test_native_loading": "loads the library of the CPU",
+    "test_optim_integrations": "the Trainer is told to use the CPU",
     "test_optim_sharding": "gloo, which joins processes here, moves memory of the host",
     "test_packaging": "looks at files",
     "test_paging": "a library made of host memory",

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bitsandbytes as bnb
 from bitsandbytes import functional as F
-from tests.helpers import DEVICE, FLOAT_DTYPES, STORAGE_DTYPES, from_numpy
+from tests.helpers import DEVICE, FLOAT_DTYPES, STORAGE_DTYPES
 
 IN, OUT = 96, 48
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -178,7 +178,7 @@ def test_everything_is_saved_where_hooks_can_see_it(nested):
 def test_offloading_hooks_may_replace_what_was_saved():
     packed, state, weight = quantised()
     A = torch.randn(3, IN, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.cpu().numpy().copy(), from_numpy):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.cpu().numpy().copy(), lambda a: torch.from_numpy(a).to(DEVICE)):
         result = bnb.matmul_4bit(A, packed.clone(), state)
     result.sum().backward()
     assert relative_error(A.grad, weight.sum(0).expand(3, IN)) < 1e-5
