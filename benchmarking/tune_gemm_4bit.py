@@ -69,6 +69,7 @@ COSTS = {
     ("forward", "tiled", 128): (8.6, 3.5),
     ("forward", "warpgroup", 64): (4.1, 2.4), ("forward", "warpgroup", 128): (3.6, 3.0), ("forward", "warpgroup", 256): (4.8, 4.8),
     ("backward", "tiled", 16): (4.7, 1.2), ("backward", "tiled", 32): (6.8, 1.3), ("backward", "tiled", 64): (12.1, 1.6),
+    ("backward", "warpgroup", 64): (3.7, 1.9), ("backward", "warpgroup", 128): (4.5, 2.9), ("backward", "warpgroup", 256): (6.5, 5.0),
 }  # fmt: skip
 SCHEDULED_LANES = 128
 REACHABLE = 0.85  # of any of these rates
@@ -81,7 +82,7 @@ def plans(direction: str, M: int, sums: int) -> Iterator[Plan]:
     for tile in (16, 32, 64, 128) if direction == "forward" else (16, 32, 64):
         if tile == 16 or tile < 2 * M:
             yield from (Plan(KERNELS["tiled"], tile, splits) for splits in splits_of(sums))
-    for tile in (64, 128, 256) if direction == "forward" and M > 16 else ():
+    for tile in (64, 128, 256) if M > 16 else ():
         if tile == 64 or tile < 2 * M:
             yield from (Plan(KERNELS["warpgroup"], tile, splits) for splits in splits_of(sums))
 
@@ -108,7 +109,9 @@ def _fused_seconds(device: Device, direction: str, M: int, N: int, K: int, plan:
         resident = max(1, min(2, device.shared_memory // (65 << 10)))
     else:
         tokens, resident = plan.tile, 1
-        covered = 4096 // tokens if direction == "backward" else 128 if (name, tokens) == ("warpgroup", 256) else 256
+        covered = {"tiled": 256, "warpgroup": min(256, 32768 // tokens)}[name]
+        if direction == "backward":
+            covered = {"tiled": 4096, "warpgroup": 32768}[name] // tokens
     passes = ceil(M / tokens)
     count = ceil(width / covered) * passes * plan.splits
     slots = device.multiprocessors * resident

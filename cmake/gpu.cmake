@@ -36,6 +36,7 @@ set(BNB_MMA80_SOURCES
 )
 set(BNB_SM90_SOURCES
     csrc/cuda/gemm_4bit_warpgroup.cu
+    csrc/cuda/gemm_4bit_warpgroup_backward.cu
 )
 # The C interface, plain C++.
 set(BNB_GPU_API_SOURCES

@@ -68,6 +68,12 @@ def native_gemm(library):
     return function
 
 
+def native_gemm_backward(library):
+    function = library._lib["bnb_cuda_gemm_4bit_backward"]
+    function.argtypes = [P] * 7 + [L] * 4 + [I] * 5 + [P, L, I, P]
+    return function
+
+
 def multiply(library, A, weight, plan=SIMPLE, bias=None, levels=None, status=0):
     """The native product, its outputs between guard bytes and full of other bytes before."""
     M, sums = A.shape[0], plan.splits * A.shape[0] * weight.N
@@ -81,14 +87,14 @@ def multiply(library, A, weight, plan=SIMPLE, bias=None, levels=None, status=0):
     return out.check().view(M, weight.N)
 
 
-def multiply_backward(library, A, weight, tile=16, splits=1, status=0):
+def multiply_backward(library, A, weight, tile=16, splits=1, status=0, kernel="tiled"):
     M, sums = A.shape[0], splits * A.shape[0] * weight.K
     out, partial = Guarded(M * weight.K, A.dtype), Guarded(sums, torch.float32)
-    function = library._lib["bnb_cuda_gemm_4bit_backward"]
-    function.argtypes = [P] * 7 + [L] * 4 + [I] * 4 + [P, L, I, P]
     sizes = M, weight.N, weight.K, weight.blocksize
     codes = QUANT_TYPES[weight.quant_type], DTYPES[A.dtype]
-    assert function(A.data_ptr(), *weight.pointers(), out.pointer, *sizes, *codes, tile, splits, partial.pointer, sums, 0, None) == status
+    plan = Plan(KERNELS[kernel], tile, splits)
+    pointers = A.data_ptr(), *weight.pointers(), out.pointer
+    assert native_gemm_backward(library)(*pointers, *sizes, *codes, *plan, partial.pointer, sums, 0, None) == status
     partial.check()
     return out.check().view(M, weight.K)
 
@@ -526,7 +532,7 @@ def test_tables_are_well_formed(capability):
             assert tokens == sorted(set(tokens)) and tokens[0] >= 1
             for _, kernel, tile, splits in entries:
                 assert tile in {"skinny": (8, 16, 32), "tiled": (16, 32, 64, 128), "warpgroup": (64, 128, 256)}[kernel] and splits >= 1
-                assert kernel == "tiled" or (direction == "forward" and (kernel == "warpgroup" or splits == 1))
+                assert kernel != "skinny" or (direction == "forward" and splits == 1)
 
 
 @pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 60, 200])

@@ -37,18 +37,19 @@ BNB_API int32_t bnb_cuda_dequantize_4bit(const uint8_t* A, const float* absmax, 
 
 // ---------------------------------------------------------------------------------------------------------------- 4-bit products
 // out[M, N] = A[M, K] . dequantised(B)[N, K]^T + bias. levels: values of the 16 codes, or null for those of quant_type. `kernel` (0 simple, 1 skinny,
-// 2 tiled), `tile` and `splits` say how, see cuda/kernels.h; what that kernel cannot do the simple one does. More than one split needs `partial`,
-// splits * M * N floats.
+// 2 tiled, 3 warpgroup), `tile` and `splits` say how, see cuda/kernels.h; what that kernel cannot do a simpler one does. More than one split needs
+// `partial`, splits * M * N floats.
 BNB_API int32_t bnb_cuda_gemm_4bit(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
                                    const float* absmax_offset, const float* levels, const void* bias, void* out, int64_t M, int64_t N, int64_t K,
                                    int64_t blocksize, int32_t quant_type, int32_t dtype, int32_t kernel, int32_t tile, int32_t splits, float* partial,
                                    int64_t partial_count, int32_t device, void* stream);
 
-// out[M, K] = A[M, N] . dequantised(B)[N, K]. kUnsupported: not on this device, or not for this type, these sizes or addresses.
+// out[M, K] = A[M, N] . dequantised(B)[N, K] by kernel 2 or 3; what the last cannot do the other does. kUnsupported: not on this device, or not for
+// this type, these sizes or addresses.
 BNB_API int32_t bnb_cuda_gemm_4bit_backward(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit,
                                             const float* absmax_code, const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K,
-                                            int64_t blocksize, int32_t quant_type, int32_t dtype, int32_t tile, int32_t splits, float* partial,
-                                            int64_t partial_count, int32_t device, void* stream);
+                                            int64_t blocksize, int32_t quant_type, int32_t dtype, int32_t kernel, int32_t tile, int32_t splits,
+                                            float* partial, int64_t partial_count, int32_t device, void* stream);
 
 // ------------------------------------------------------------------------------------------------------------------------ LLM.int8()
 // As in api.h. Outlier columns stay on the device: is_outlier has `columns` truth values, outlier_list room for as many indices, which come in

@@ -9,7 +9,7 @@ namespace bnb {
 namespace {
 
 constexpr int32_t kUsualSkinnyTile = 16;
-constexpr int32_t kLargestTile = 128; // of the tiled kernel
+constexpr int32_t kLargestTile = 128, kLargestBackwardTile = 64; // of the tiled kernels
 
 struct GemmCall {
     GemmArgs4bit args;
@@ -36,6 +36,11 @@ int32_t check_product(const GemmArgs4bit& args, const GemmPlan& plan, int64_t wi
     return kOk;
 }
 
+GemmPlan with_tile_up_to(GemmPlan plan, int32_t largest) {
+    plan.tile = plan.tile < largest ? plan.tile : largest;
+    return plan;
+}
+
 // What the kernel of the plan cannot do the next simpler one does.
 int32_t launch_forward(const GemmCall& call, Stream stream) {
     int32_t status = kUnsupported;
@@ -46,10 +51,8 @@ int32_t launch_forward(const GemmCall& call, Stream stream) {
         status = launch_gemm_4bit_warpgroup(call.args, call.plan, stream);
 #endif
 #if defined(BNB_HAS_MMA80)
-    GemmPlan tiled = call.plan;
-    tiled.tile = tiled.tile < kLargestTile ? tiled.tile : kLargestTile;
     if (status == kUnsupported && (call.plan.kernel == kGemmTiled || call.plan.kernel == kGemmWarpgroup))
-        status = launch_gemm_4bit_tiled(call.args, tiled, stream);
+        status = launch_gemm_4bit_tiled(call.args, with_tile_up_to(call.plan, kLargestTile), stream);
 #endif
 #if defined(BNB_HAS_TENSOR)
     const GemmPlan skinny{kGemmSkinny, call.plan.kernel == kGemmSkinny ? call.plan.tile : kUsualSkinnyTile, 1, nullptr};
@@ -60,12 +63,17 @@ int32_t launch_forward(const GemmCall& call, Stream stream) {
 }
 
 int32_t launch_backward(const GemmCall& call, Stream stream) {
-#if defined(BNB_HAS_MMA80)
-    return launch_gemm_4bit_backward(call.args, call.plan, stream);
-#else
-    (void)call, (void)stream;
-    return kUnsupported;
+    int32_t status = kUnsupported;
+#if defined(BNB_HAS_SM90)
+    if (call.plan.kernel == kGemmWarpgroup)
+        status = launch_gemm_4bit_warpgroup_backward(call.args, call.plan, stream);
 #endif
+#if defined(BNB_HAS_MMA80)
+    if (status == kUnsupported)
+        status = launch_gemm_4bit_backward(call.args, with_tile_up_to(call.plan, kLargestBackwardTile), stream);
+#endif
+    (void)call, (void)stream;
+    return status;
 }
 
 } // namespace
@@ -86,10 +94,11 @@ int32_t bnb_cuda_gemm_4bit(const void* A, const uint8_t* B, const float* absmax,
 
 int32_t bnb_cuda_gemm_4bit_backward(const void* A, const uint8_t* B, const float* absmax, const uint8_t* absmax_8bit, const float* absmax_code,
                                     const float* absmax_offset, void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t quant_type,
-                                    int32_t dtype, int32_t tile, int32_t splits, float* partial, int64_t partial_count, int32_t device,
-                                    void* stream) {
+                                    int32_t dtype, int32_t kernel, int32_t tile, int32_t splits, float* partial, int64_t partial_count,
+                                    int32_t device, void* stream) {
     const BlockScales scales{absmax, absmax_8bit, absmax_code, absmax_offset};
-    const GemmCall call{{A, B, scales, nullptr, nullptr, out, M, N, K, blocksize, QuantType(quant_type), DType(dtype)}, {0, tile, splits, partial}};
+    const GemmCall call{{A, B, scales, nullptr, nullptr, out, M, N, K, blocksize, QuantType(quant_type), DType(dtype)},
+                        {kernel, tile, splits, partial}};
     bool is_empty;
     const int32_t status = check_product(call.args, call.plan, K, N, partial_count, is_empty);
     return status != kOk || is_empty ? status : on_device(device, launch_backward, call, stream);

@@ -1,40 +1,35 @@
 // out = A . W^T + bias from some tens of tokens on, by products of warp groups on sm_90a.
 //
 // Computed is the transpose: W is the left operand, which warp groups take from registers, so that no dequantised weight passes through memory; the
-// tokens are the right one, which the tensor cores read from shared memory themselves. A weight is level * scale in fp32 rounded once, which is exactly
-// what dequantisation gives.
+// tokens are the right one, which the tensor cores read from shared memory themselves. A weight is level * scale in fp32 rounded once, which is
+// exactly what dequantisation gives.
 //
 // A block computes the products of kRows rows of W with kTokens tokens. Columns are taken kChunk at a time through a ring of kStages stages. One warp
-// group produces: a thread starts the copies of a chunk, tokens as slices of 64 columns and the codes as they are packed, and all decode the scales, one
-// for 32 columns, which lie in one block of their row whatever its size. The other groups consume: each has kTiles tiles of 64 rows, and goes through a
-// chunk in units of a tile and 32 columns: look the codes up, multiply by the scale, and leave 16 columns twice to the tensor cores, which are at it while
-// the next unit is dequantised into other registers.
+// group produces: a thread starts the copies of a chunk, tokens as slices of 64 columns and the codes as they are packed, and all decode the scales,
+// one for 32 columns, which lie in one block of their row whatever its size. The other groups consume: each has kTiles tiles of 64 rows, and goes
+// through a chunk in units of a tile and 32 columns: look the codes up, multiply by the scale, and leave 16 columns twice to the tensor cores, which
+// are at it while the next unit is dequantised into other registers.
 //
-// A product's left operand has, in lane 4g + t, columns 2t, 2t + 1, 2t + 8 and 2t + 9 of rows g and g + 8: the bytes t of two successive words of a row's
-// codes. The four lanes of a row read the same 16 bytes, and choose by the digit that a byte permutation takes from them, so neither operand has to be
-// rearranged.
+// A product's left operand has, in lane 4g + t, columns 2t, 2t + 1, 2t + 8 and 2t + 9 of rows g and g + 8: the bytes t of two successive words of a
+// row's codes. The four lanes of a row read the same 16 bytes, and choose by the digit that a byte permutation takes from them, so neither operand
+// has to be rearranged.
 //
-// Clocks of a multiprocessor for 32 weights: of shared memory 1 for look-ups, up to 0.5 for codes, 0.25 for copying codes and for scales, kTokens / 128 for
-// what products read and kTokens / kRows / 2 for copying tokens, together 2.4, 3.0 and 4.8 with 64, 128 and 256 tokens; of tensor cores 1, 2 and 4; of
-// instructions 1. So shared memory binds: 256 tokens leave the tensor cores idle for a sixth of the time, 128 for a third, and 64 tokens need codes at
-// two fifths of the rate of DRAM. Tall blocks keep the traffic of tokens low, which is why 64 and 128 tokens have 256 rows; for 256 tokens there are
-// registers for 128 rows.
+// Clocks of a multiprocessor for 32 weights: of shared memory 1 for look-ups, up to 0.5 for codes, 0.25 for copying codes and for scales, kTokens /
+// 128 for what products read and kTokens / kRows / 2 for copying tokens, together 2.4, 3.0 and 4.8 with 64, 128 and 256 tokens; of tensor cores 1, 2
+// and 4; of instructions 1. So shared memory binds: 256 tokens leave the tensor cores idle for a sixth of the time, 128 for a third, and 64 tokens
+// need codes at two fifths of the rate of DRAM. Tall blocks keep the traffic of tokens low, which is why 64 and 128 tokens have 256 rows; for 256
+// tokens there are registers for 128 rows.
 //
-// Where the rows do not fill the device, `splits` blocks share the sum over the columns: each writes its part in fp32, and a second kernel adds them up
-// in a fixed order.
-#include "hopper.h"
-#include "gemm_4bit_tensor.h"
+// Where the rows do not fill the device, `splits` blocks share the sum over the columns: each writes its part in fp32, and a second kernel adds them
+// up in a fixed order.
 #include "gemm_4bit_split.h"
+#include "gemm_4bit_warpgroup.h"
 
 namespace bnb {
 namespace {
 
-constexpr int kSliceColumns = 64; // 128 bytes of a token
-constexpr int kTokenBytes = kSliceColumns * 2;
 constexpr int kUnitColumns = 32;
 constexpr int kRowsOfTile = 64;
-constexpr int kProducers = kGroupThreads;
-constexpr size_t kAlignment = 1024; // of what products read
 
 // How a block is cut for a number of tokens. Registers are those of a thread that produces or consumes; at launch all have as many.
 template <int tokens> struct Shape;
@@ -54,39 +49,23 @@ template <int tokens> struct Layout : Shape<tokens> {
     static constexpr int kConsumers = kGroups * kGroupThreads;
     static constexpr int kThreads = kProducers + kConsumers;
     static constexpr int kRows = kGroups * kTiles * kRowsOfTile;
-    static constexpr int kChunk = kSlices * kSliceColumns;
+    static constexpr int kChunk = kSlices * kSliceTerms;
     static constexpr int kUnits = kChunk / kUnitColumns; // of a row
     static constexpr int kCodeBytes = kChunk / 2;        // of a row
     static constexpr Swizzle kCodeSwizzle = kCodeBytes == 64 ? Swizzle::k64Bytes : Swizzle::k32Bytes;
     static constexpr int kPitch = kRows + 4; // floats from token to token of the result: the lanes of a store are in different banks
 
-    static constexpr size_t kSliceBytes = size_t(tokens) * kTokenBytes;
+    static constexpr size_t kSliceBytes = size_t(tokens) * kSlicePitch;
     static constexpr size_t kCopyBytes = kSlices * kSliceBytes + size_t(kRows) * kCodeBytes;
     static constexpr size_t kScaleBytes = size_t(kRows) * kUnits * sizeof(float);
     static constexpr size_t kRingBytes = kStages * kCopyBytes;
-    static constexpr size_t kSharedBytes = kTableBytes<kWideStep> + kAlignment + kRingBytes + kStages * kScaleBytes;
+    static constexpr size_t kSharedBytes = kTableBytes<kWideStep> + kOperandAlignment + kRingBytes + kStages * kScaleBytes;
 
-    static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+    static constexpr int kLaunchRegisters = kRegisters / kThreads / 8 * 8;
     static_assert(kProducers * Shape<tokens>::kProducerRegisters + kConsumers * Shape<tokens>::kConsumerRegisters <= kThreads * kLaunchRegisters);
-    static_assert(kSharedBytes + 2 * kStages * sizeof(uint64_t) <= 227 * 1024);
+    static_assert(kSharedBytes + 2 * kStages * sizeof(uint64_t) <= kMostSharedBytes);
     static_assert(size_t(tokens) * kPitch * sizeof(float) <= kRingBytes); // which takes the result in the end
     static_assert(kUnits * kTiles % 2 == 0);                              // two sets of fragments take turns
-};
-
-template <int stages> struct Barriers {
-    uint64_t full[stages], empty[stages];
-};
-
-// Where a thread is in the ring.
-template <int stages> struct Position {
-    int stage = 0;
-    uint32_t round = 0; // its low bit is the parity of the phase that fills the stage
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == stages)
-            stage = 0, ++round;
-    }
-    __device__ __forceinline__ int before() const { return stage == 0 ? stages - 1 : stage - 1; }
 };
 
 // A block's view of its operands. The first 128 threads produce.
@@ -106,8 +85,8 @@ template <typename T, bool nested, int kTokens> struct WarpgroupBlock : Layout<k
 
     __device__ __forceinline__ WarpgroupBlock(const GemmArgs4bit& args, int shift, uint32_t columns, unsigned char* memory)
         : args(args), shift(shift), begin(blockIdx.z * columns), end(min(uint32_t(args.K), begin + columns)), table(memory),
-          ring(memory + kTableBytes<kWideStep> + (kAlignment - shared_address(memory) % kAlignment) % kAlignment),
-          scales(reinterpret_cast<float*>(ring + Cut::kRingBytes)), barriers(shared_variable<Barriers<Cut::kStages>>()) {}
+          ring(align_operand(memory + kTableBytes<kWideStep>)), scales(reinterpret_cast<float*>(ring + Cut::kRingBytes)),
+          barriers(shared_variable<Barriers<Cut::kStages>>()) {}
 
     __device__ __forceinline__ unsigned char* slice_of(int stage, int slice) const {
         return ring + stage * Cut::kCopyBytes + slice * Cut::kSliceBytes;
@@ -116,13 +95,7 @@ template <typename T, bool nested, int kTokens> struct WarpgroupBlock : Layout<k
     __device__ __forceinline__ float* scales_of(int stage, int row) const { return scales + (stage * Cut::kRows + row) * Cut::kUnits; }
 
     __device__ __forceinline__ void prepare(const Levels16& levels) {
-        if (threadIdx.x == 0) {
-            for (int stage = 0; stage < Cut::kStages; ++stage) {
-                barrier_init(&barriers.full[stage], kProducers + 1);
-                barrier_init(&barriers.empty[stage], Cut::kConsumers / kWarpSize);
-            }
-            fence_barrier_init();
-        }
+        prepare_barriers(barriers, Cut::kConsumers);
         fill_float_pairs<kWideStep>(table, level_of_code(args, levels, lane_index() % 16));
         __syncthreads();
     }
@@ -133,7 +106,7 @@ template <typename T, bool nested, int kTokens> struct WarpgroupBlock : Layout<k
         barrier_arrive_expecting(full, int(Cut::kCopyBytes));
 #pragma unroll
         for (int slice = 0; slice < Cut::kSlices; ++slice)
-            copy_tile(slice_of(stage, slice), tokens, int(first) + slice * kSliceColumns, int(first_token), full);
+            copy_tile(slice_of(stage, slice), tokens, int(first) + slice * kSliceTerms, int(first_token), full);
         copy_tile(codes_of(stage), codes, int(first / 2), int(first_row), full);
     }
 
@@ -187,11 +160,9 @@ template <typename T, bool nested, int kTokens> struct WarpgroupBlock : Layout<k
     }
 
     // ------------------------------------------------------------------------------------------------------------------- consuming
-    __device__ __forceinline__ int own_group() const { return int(threadIdx.x) / kGroupThreads - 1; }
-
     // The first of the lane's two rows of a tile; the other is 8 further.
     __device__ __forceinline__ int own_row(int tile) const {
-        return (own_group() * Cut::kTiles + tile) * kRowsOfTile + warp_index() % 4 * 16 + lane_index() / 4;
+        return (consumer_group() * Cut::kTiles + tile) * kRowsOfTile + warp_index() % 4 * 16 + lane_index() / 4;
     }
 
     __device__ __forceinline__ void dequantise(uint32_t (&fragments)[2][4], int stage, int tile, int unit) const {
@@ -235,16 +206,10 @@ template <typename T, bool nested, int kTokens> struct WarpgroupBlock : Layout<k
                     group_commit();
                     group_wait<1>(); // the other set of fragments is free
                     if (unit == 0 && tile == 0)
-                        release(at.before(), first != begin); // its last products have just ended
+                        release(barriers, at.before(), first != begin); // its last products have just ended
                 }
         }
         group_wait<0>();
-    }
-
-    // Without a branch: compilers do not let products overlap with one.
-    __device__ __forceinline__ void release(int stage, bool is_filled) const {
-        __syncwarp();
-        barrier_arrive(&barriers.empty[stage], is_filled && lane_index() == 0);
     }
 
     // ------------------------------------------------------------------------------------------------------------------- the result
@@ -260,35 +225,15 @@ template <typename T, bool nested, int kTokens> struct WarpgroupBlock : Layout<k
                 *result_of(i / 4 * 8 + t * 2 + i % 2, own_row(tile) + i / 2 % 2 * 8) = sums[tile][i];
     }
 
-    template <int count> __device__ __forceinline__ void store(float* partial) const {
-        constexpr int threads_of_token = Cut::kRows / count;
-        const int thread = int(threadIdx.x) - kProducers, row = thread % threads_of_token * count;
-        if (first_row + row >= args.N)
-            return;
-        Vector<float, count> bias = {};
-        if (args.bias != nullptr)
-#pragma unroll
-            for (int i = 0; i < count; ++i)
-                bias.value[i] = widen(static_cast<const T*>(args.bias)[first_row + row + i]);
+    __device__ __forceinline__ void store(float* partial, bool has_vectors) const {
         const int token_count = int(min(int64_t(kTokens), args.M - first_token));
-        for (int token = thread / threads_of_token; token < token_count; token += Cut::kConsumers / threads_of_token) {
-            auto sum = load_vector<count>(result_of(token, row));
-            const int64_t at = (first_token + token) * args.N + first_row + row;
-            if (partial != nullptr) {
-                store_vector(partial + at, sum);
-                continue;
-            }
-            Vector<T, count> rounded;
-#pragma unroll
-            for (int i = 0; i < count; ++i)
-                rounded.value[i] = narrow<T>(sum.value[i] + bias.value[i]);
-            store_vector(static_cast<T*>(args.out) + at, rounded);
-        }
+        const ResultColumns<T> to{first_token, first_row, args.N, token_count, static_cast<const T*>(args.bias), static_cast<T*>(args.out), partial};
+        if (has_vectors)
+            to.template store<Cut::kRows, Cut::kPitch, Cut::kConsumers, 4>(result_of(0, 0));
+        else
+            to.template store<Cut::kRows, Cut::kPitch, Cut::kConsumers, 1>(result_of(0, 0));
     }
 };
-
-// One barrier for both kinds of warp groups, wherever they come from.
-__device__ __forceinline__ void meet() { __syncthreads(); }
 
 // Blocks (x, y, z): tokens, rows, and parts of `columns` columns. Those that share rows come together, so that codes are read from DRAM once.
 template <typename T, bool nested, int kTokens>
@@ -311,11 +256,7 @@ __global__ void __launch_bounds__(Layout<kTokens>::kThreads, 1)
         meet(); // nobody reads the ring any more
         block.lay_out(sums);
         meet();
-        float* part = partial == nullptr ? nullptr : partial + int64_t(blockIdx.z) * args.M * args.N;
-        if (has_vectors)
-            block.template store<4>(part);
-        else
-            block.template store<1>(part);
+        block.store(partial == nullptr ? nullptr : partial + int64_t(blockIdx.z) * args.M * args.N, has_vectors);
     }
 }
 
@@ -327,16 +268,16 @@ template <typename T, bool nested, int kTokens> int32_t run_tokens(const GemmArg
     if (row_blocks > 65535 || used > 65535)
         return kUnsupported;
     TensorMap tokens, codes;
-    int32_t status = make_tensor_map(tokens, args.A, 2, args.K, args.M, kSliceColumns, kTokens, Swizzle::k128Bytes);
+    int32_t status = make_tensor_map(tokens, args.A, 2, args.K, args.M, kSliceTerms, kTokens, Swizzle::k128Bytes);
     if (status == kOk)
         status = make_tensor_map(codes, args.B, 1, args.K / 2, args.N, Cut::kCodeBytes, Cut::kRows, Cut::kCodeSwizzle);
     if (status != kOk)
         return status;
     float* partial = used > 1 ? plan.partial : nullptr;
-    const bool has_vectors = args.N % 4 == 0 && (partial == nullptr ? is_aligned(args.out, 8) : is_aligned(partial, 16));
     const dim3 grid(unsigned(divide_up(args.M, kTokens)), unsigned(row_blocks), unsigned(used));
-    status = launch(gemm_4bit_warpgroup<T, nested, kTokens>, grid, dim3(Cut::kThreads), Cut::kSharedBytes, stream, tokens, codes, args,
-                    levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(columns), partial, has_vectors);
+    status =
+        launch(gemm_4bit_warpgroup<T, nested, kTokens>, grid, dim3(Cut::kThreads), Cut::kSharedBytes, stream, tokens, codes, args,
+               levels_of_type(args.quant_type), BlockOf(args.blocksize).shift, uint32_t(columns), partial, has_vectors(args.N, args.out, partial));
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, partial, int(used), args.N, stream);
 }
 
@@ -356,8 +297,7 @@ template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const G
 } // namespace
 
 int32_t launch_gemm_4bit_warpgroup(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
-    constexpr int64_t most_tokens = int64_t(1) << 31; // that the coordinate of a copy can name
-    if (!suits_tensor_cores(args, args.A, args.K) || device_properties().capability != 90 || args.M >= most_tokens)
+    if (!suits_warp_groups(args, args.K))
         return kUnsupported;
     return with_type_and_nesting(
         args, [&](auto* element, auto nested) { return run<std::remove_pointer_t<decltype(element)>, decltype(nested)::value>(args, plan, stream); });

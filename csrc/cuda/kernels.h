@@ -113,8 +113,8 @@ struct GemmArgs4bit {
 enum GemmKernel : int32_t { kGemmSimple = 0, kGemmSkinny = 1, kGemmTiled = 2, kGemmWarpgroup = 3 };
 
 struct GemmPlan {
-    int32_t kernel; // of the forward product
-    // skinny: rows of the weight that a warp takes, 8, 16 or 32. Else tokens that a block takes; tiled, backward: 16, 32, 64, tiled also 128;
+    int32_t kernel; // backward: tiled or warpgroup
+    // skinny: rows of the weight that a warp takes, 8, 16 or 32. Else tokens that a block takes; tiled: 16, 32, 64, not backward also 128;
     // warpgroup: 64, 128, 256
     int32_t tile;
     int32_t splits; // but simple, skinny: parts of the sum that are computed apart and added up by a second kernel
@@ -127,6 +127,7 @@ int32_t launch_gemm_4bit_skinny(const GemmArgs4bit& args, const GemmPlan& plan, 
 int32_t launch_gemm_4bit_tiled(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 int32_t launch_gemm_4bit_warpgroup(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 int32_t launch_gemm_4bit_backward(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
+int32_t launch_gemm_4bit_warpgroup_backward(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream);
 
 // --------------------------------------------------------------------------------------------------------------------- optimizers, fills, paging
 // Elements that a warp steps one block after the other. With a limit on the norm each unit of a parameter leaves its squares.

@@ -21,7 +21,7 @@ from .ops import dequantize_4bit_into, dequantize_blockwise
 _kernel = kernels("bnb_cuda_gemm_4bit")
 
 _gemm_4bit = bind("bnb_cuda_gemm_4bit", *[P] * 9, *[L] * 4, *[I] * 5, P, L)
-_gemm_4bit_backward = bind("bnb_cuda_gemm_4bit_backward", *[P] * 7, *[L] * 4, *[I] * 4, P, L)
+_gemm_4bit_backward = bind("bnb_cuda_gemm_4bit_backward", *[P] * 7, *[L] * 4, *[I] * 5, P, L)
 
 _ANY_NUMBER_OF_TOKENS = Plan(KERNELS["tiled"], 64, 1)
 
@@ -115,7 +115,7 @@ def gemm_4bit_backward(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit=
         partial = _partial_sums(A, plan.splits, M * K)
         _gemm_4bit_backward(
             A, A.data_ptr(), B.data_ptr(), absmax.data_ptr(), *_addresses(nested), out.data_ptr(), M, N, K, blocksize, QUANT_TYPES[quant_type],
-            DTYPES[A.dtype], plan.tile, plan.splits, address(partial), partial.numel() if partial is not None else 0,
+            DTYPES[A.dtype], *plan, address(partial), partial.numel() if partial is not None else 0,
         )  # fmt: skip
     elif out.numel():
         weight = _Weight(B, (N, K), absmax, blocksize, quant_type, nested)
