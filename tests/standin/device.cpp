@@ -15,6 +15,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors_native.h>
+#include <ATen/ops/_indices_native.h>
+#include <ATen/ops/_values_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
@@ -249,6 +252,8 @@ class CPUCall {
     at::Tensor on_device(const at::Tensor& result) {
         if (!result.defined() || !device_.is_cuda())
             return result;
+        if (result.is_sparse())
+            return at::_sparse_coo_tensor_unsafe(on_device(result._indices()), on_device(result._values()), result.sizes());
         for (const auto& [original, view] : views_) {
             if (result.storage().data() != nullptr && result.storage().data() == view.storage().data()) {
                 return over(original.storage(), c10::DispatchKey::CUDA, result);
@@ -311,6 +316,13 @@ at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& min, co
     return at::histc(self.cpu().to(at::kDouble), bins, min, max).to(self.options());
 }
 
+// Sparse tensors can be made and looked at, for those who refuse them.
+TORCH_LIBRARY_IMPL(aten, SparseCUDA, library) {
+    library.impl("_sparse_coo_tensor_with_dims_and_tensors", &at::native::new_with_dims_and_tensor_sparse_symint);
+    library.impl("_indices", &at::native::_indices_sparse);
+    library.impl("_values", &at::native::_values_sparse);
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&by_cpu_kernel>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
@@ -324,6 +336,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
     library.impl("set_", &set_nothing);
     library.impl("record_stream", &record_stream);
     library.impl("histc", &histc);
+    library.impl("_to_sparse", torch::CppFunction::makeFromBoxedFunction<&by_cpu_kernel>());
     library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&by_cpu_kernel>()); // there is one for every device, which needs a part of each
 }
 
