@@ -36,7 +36,7 @@ int32_t check_product(const GemmArgs4bit& args, const GemmPlan& plan, int64_t wi
     return kOk;
 }
 
-GemmPlan with_tile_up_to(GemmPlan plan, int32_t largest) {
+[[maybe_unused]] GemmPlan with_tile_up_to(GemmPlan plan, int32_t largest) {
     plan.tile = plan.tile < largest ? plan.tile : largest;
     return plan;
 }
