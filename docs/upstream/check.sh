@@ -25,7 +25,7 @@ if [ ${#fixes[@]} = 0 ]; then for folder in "$here"/[0-9]*/; do fixes+=("$(basen
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export BNB_TEST_DEVICE=cpu PYTHONDONTWRITEBYTECODE=1
+export BNB_TEST_DEVICE=cpu PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' tensors are small
 wrong=0
 
 say() { printf '%s\n' "$*"; }
