@@ -121,7 +121,7 @@ help:
 	@echo 'make test-native      the CPU library alone, checked by a program in C++'
 	@echo 'make test-emulated    the same on emulated processors: x86-64 without AVX, and aarch64'
 	@echo 'make test-standin     the tests on a stand-in for GPUs: PyTorch and layers on "cuda", kernels emulated'
-	@echo 'make sanitize         the same, and the tests of the CPU library, with address and undefined-behaviour sanitisers'
+	@echo 'make sanitize         the CPU library alone, and its tests, with address and undefined-behaviour sanitisers'
 	@echo 'make fuzz             damaged files and arguments for MINUTES=10'
 	@echo 'make cuda             the CUDA library, for every GPU the toolkit knows (CUDA_FLAGS="-DCOMPUTE_CAPABILITY=90": for one)'
 	@echo 'make cuda-test        how nvcc takes the kernels (BNB_TEST_CUDA_ARCHITECTURES=all: for every GPU it knows)'
