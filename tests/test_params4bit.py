@@ -168,7 +168,7 @@ def test_a_state_that_moves_itself_is_asked():
     weight = quantised()
     state, asked = weight.quant_state, []
     state.absmax, state.to = state.absmax.to("meta"), asked.append
-    assert weight.to(DEVICE).quant_state is state and asked == [torch.device(DEVICE)]
+    assert weight.to(DEVICE).quant_state is state and asked == [weight.device]
 
 
 def test_the_default_dtype_does_not_leak_into_the_tables():
