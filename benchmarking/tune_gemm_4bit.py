@@ -5,7 +5,8 @@
     python benchmarking/tune_gemm_4bit.py --check      prints, for the GPU that is there, how far the table's choice is from the best
 
 Every way to compute a product (kernel, tile, number of splits) is tried for shapes of common layers and numbers of tokens, besides dequantising and a
-dense product. Weights rotate over more memory than the cache holds; a way's time is the median of CUDA-graph replays, or what the model says.
+dense product. Weights rotate over more memory than the cache holds; a way's time is the median of CUDA-graph replays, or what the model says. A way is
+measured only if its result is right. Products of warp groups rest on more of the hardware than a host can imitate: only a measurement chooses them.
 """
 
 import argparse
@@ -126,13 +127,16 @@ def _fused_seconds(device: Device, direction: str, M: int, N: int, K: int, plan:
     return device.launch + 1e-6 + max(compute, memory, cached) / REACHABLE + sums
 
 
-def _predict(capability) -> Callable:
+def _predict(capability, with_groups: bool = False) -> Callable:
+    """Seconds of a product by the model; ``with_groups``: also by warp groups."""
     device = DEVICES[capability]
 
     def seconds(direction: str, M: int, N: int, K: int, plan) -> float:
         if plan is DENSE:
             return _dense_seconds(device, M, N, K)
-        too_old = capability == 75 and plan.kernel != KERNELS["skinny"] or plan.kernel == KERNELS["warpgroup"] and not device.group_products
+        if plan.kernel == KERNELS["warpgroup"] and not (with_groups and device.group_products):
+            return float("inf")
+        too_old = capability == 75 and plan.kernel != KERNELS["skinny"]
         too_large = plan.tile == 128 and device.shared_memory < 208 << 10
         return float("inf") if too_old or too_large else _fused_seconds(device, direction, M, N, K, plan)
 
@@ -161,13 +165,25 @@ def _measure() -> Callable:
         A = torch.randn(M, K if direction == "forward" else N, device="cuda", dtype=torch.bfloat16)
         operator, planner = (gemm.gemm_4bit, "forward_plan") if direction == "forward" else (gemm.gemm_4bit_backward, "backward_plan")
         usual = getattr(gemm, planner)
-        setattr(gemm, planner, lambda *shape: plan)
+        calls = [functools.partial(operator, A, packed, (N, K), absmax, BLOCKSIZE, "nf4") for packed, absmax in weights_of(N, K)]
         try:
-            return _graph_seconds([functools.partial(operator, A, packed, (N, K), absmax, BLOCKSIZE, "nf4") for packed, absmax in weights_of(N, K)])
+            setattr(gemm, planner, lambda *shape: DENSE)
+            expected = calls[0]()
+            setattr(gemm, planner, lambda *shape: plan)
+            if not is_right(calls[0](), expected):
+                print(f"WRONG, and left out: {direction} {plan} for {M} tokens of {N} x {K}", flush=True)
+                return float("inf")
+            return _graph_seconds(calls)
         finally:
             setattr(gemm, planner, usual)
 
     return functools.lru_cache(maxsize=None)(seconds)
+
+
+def is_right(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results of 16 bits differ by no more than the order of sums and rounding explain."""
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).norm() <= 0.01 * expected.norm())  # False for NaN
 
 
 def _graph_seconds(calls: list[Callable], replays: int = 7) -> float:

@@ -6,6 +6,7 @@ that of dequantising and multiplying in the element type.
 
 import os
 from pathlib import Path
+import runpy
 import subprocess
 import sys
 
@@ -289,8 +290,32 @@ def test_only_hopper_is_given_it_and_only_with_its_tiles(direction, planner):
         assert all(
             plan is None or plan.kernel != KERNELS["warpgroup"] for plan in (planner(100, True, M, 8192, 8192), planner(90, False, M, 8192, 8192))
         )
-        if TABLES[90]["origin"] == "predicted":
-            assert planner(90, True, M, 8192, 8192).kernel == KERNELS["warpgroup"]
+
+
+def tuner():
+    path = Path(__file__).resolve().parent.parent / "benchmarking" / "tune_gemm_4bit.py"
+    if not path.exists():
+        pytest.skip("the benchmarks are not beside these tests")
+    return runpy.run_path(str(path))
+
+
+def test_a_prediction_does_not_choose_it_but_says_from_where_on_it_should_pay():
+    assert TABLES[90]["origin"] != "predicted" or not tiles(90, "forward") | tiles(90, "backward")
+    script = tuner()
+    for direction, tokens in (("forward", 128), ("backward", 64)):
+        entries = script["best_plans"](script["_predict"](90, with_groups=True), direction, 8192, 8192)
+        assert next(kernel for most, kernel, *_ in entries if most >= tokens) == "warpgroup"
+
+
+def test_a_way_is_measured_only_if_its_result_is_right():
+    is_right = tuner()["is_right"]
+    expected = torch.randn(64, 64, dtype=torch.bfloat16)
+    assert is_right(expected * (1 + 2**-8), expected)
+    wrong = expected.clone()
+    wrong[8:16] = expected[16:24]
+    assert not is_right(wrong, expected)
+    wrong[0, 0] = float("nan")
+    assert not is_right(wrong, expected)
 
 
 @halves
