@@ -5,8 +5,9 @@
     python benchmarking/tune_gemm_4bit.py --check      prints, for the GPU that is there, how far the table's choice is from the best
 
 Every way to compute a product (kernel, tile, number of splits) is tried for shapes of common layers and numbers of tokens, besides dequantising and a
-dense product. Weights rotate over more memory than the cache holds; a way's time is the median of CUDA-graph replays, or what the model says. A way is
-measured only if its result is right. Products of warp groups rest on more of the hardware than a host can imitate: only a measurement chooses them.
+dense product. Weights rotate over more memory than the cache holds; a way's time is the median of CUDA-graph replays, or what the model says.
+A way is measured only if its result is right. Products of warp groups rest on more of the hardware than a host can imitate: only a measurement
+chooses them.
 """
 
 import argparse
