@@ -38,6 +38,8 @@ OptimizerLaunch launch_of(const OptimizerTensors& tensors, const OptimizerSettin
 using namespace bnb;
 
 int64_t bnb_cuda_optimizer_workspace(const OptimizerTensors* tensors) {
+    if (tensors == nullptr || tensors->count <= 0 || tensors->sizes == nullptr)
+        return 0;
     return units_of(*tensors) * int64_t(sizeof(OptimizerSquares)) + tensors->count * int64_t(sizeof(float));
 }
 

@@ -281,26 +281,14 @@ template <typename T, bool nested, int kTokens> int32_t run_tokens(const GemmArg
     return status != kOk || used == 1 ? status : launch_add_partial_sums<T>(args, partial, int(used), args.N, stream);
 }
 
-template <typename T, bool nested> int32_t run(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
-    switch (plan.tile) {
-    case 64:
-        return run_tokens<T, nested, 64>(args, plan, stream);
-    case 128:
-        return run_tokens<T, nested, 128>(args, plan, stream);
-    case 256:
-        return run_tokens<T, nested, 256>(args, plan, stream);
-    default:
-        return kUnsupported;
-    }
-}
-
 } // namespace
 
 int32_t launch_gemm_4bit_warpgroup(const GemmArgs4bit& args, const GemmPlan& plan, Stream stream) {
     if (!suits_warp_groups(args, args.K))
         return kUnsupported;
-    return with_type_and_nesting(
-        args, [&](auto* element, auto nested) { return run<std::remove_pointer_t<decltype(element)>, decltype(nested)::value>(args, plan, stream); });
+    return with_tile(args, plan, [&](auto* element, auto nested, auto tokens) {
+        return run_tokens<std::remove_pointer_t<decltype(element)>, decltype(nested)::value, decltype(tokens)::value>(args, plan, stream);
+    });
 }
 
 } // namespace bnb

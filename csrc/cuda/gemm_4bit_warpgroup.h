@@ -106,4 +106,20 @@ inline bool suits_warp_groups(const GemmArgs4bit& args, int64_t row_of_activatio
     return suits_tensor_cores(args, args.A, row_of_activations) && device_properties().capability == 90 && args.M < most_tokens;
 }
 
+// Calls `run` with a null pointer to the element type, and as types whether statistics are nested and the tokens of a tile.
+template <typename Run> int32_t with_tile(const GemmArgs4bit& args, const GemmPlan& plan, Run run) {
+    return with_type_and_nesting(args, [&](auto* element, auto nested) -> int32_t {
+        switch (plan.tile) {
+        case 64:
+            return run(element, nested, std::integral_constant<int, 64>());
+        case 128:
+            return run(element, nested, std::integral_constant<int, 128>());
+        case 256:
+            return run(element, nested, std::integral_constant<int, 256>());
+        default:
+            return kUnsupported;
+        }
+    });
+}
+
 } // namespace bnb
