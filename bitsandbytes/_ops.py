@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from .check_memo import once_for_alike
 from .packing import is_cpu_layout, require_layout_holds
 
 register_fake = torch.library.register_fake
@@ -773,6 +774,7 @@ def _check_optimizer_step(
     _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count)
 
 
+@once_for_alike
 def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, count):
     if not p:
         return

@@ -47,26 +47,50 @@ struct BySearch {
     }
 };
 
-#if defined(BNB_HAS_TABLE32)
-// By lines, in half the time of a gather where permutations look up 32 floats at once.
-struct ByLines {
-    Table32 segment, slope, offset, bound;
+#if defined(BNB_HAS_LINE_LOOKUP)
+// By lines, in a fraction of the time of a gather where permutations look up 32 floats at once. A code without thresholds below zero takes no negative
+// numbers and needs no care for signs.
+//
+// Four vectors go through it side by side, every operation for all of them before the next: one after the other their long chains of dependent
+// operations would fill a processor's window and leave it waiting.
+template <bool kSigned> struct ByLines {
+    static constexpr int kTogether = 4;
+
+    LineLookup<kSigned> segment, slope, offset, bound;
 
     explicit ByLines(const LineTable& lines)
-        : segment(load_table32(reinterpret_cast<const float*>(lines.segment))), slope(load_table32(lines.slope)), offset(load_table32(lines.offset)),
-          bound(load_table32(lines.bound)) {}
+        : segment(reinterpret_cast<const float*>(lines.segment + (kSigned ? 0 : 16))), slope(lines.slope), offset(lines.offset), bound(lines.bound) {}
 
-    // Codes of v, |v| < 2, with the signs of x. They must not be used if `nearest` comes below kLineTolerance: it becomes the distance, of any
-    // sign, from the nearest whole number.
-    inline I32 code(F32 v, F32 x, F32& nearest) const {
-        const I32 sign = shift_right<31>(bits(add(x, splat(0.0f)))); // of zero, whose own does not count: 0
-        // A number at a cut belongs to the lower values: a negative one to the larger magnitudes.
-        const I32 place = max_bits(add_bits(magnitude_bits(v), sign), splat_bits(kLowestOctave << 23));
-        const I32 carried = add_bits(bits(lookup32(segment, shift_right<23>(place))), and_bits(place, splat_bits(0x7fffffu)));
-        const I32 line = or_bits(shift_right<23>(carried), shift_left<4>(sign));
-        const F32 exact = min(fused(lookup32(slope, line), v, lookup32(offset, line)), lookup32(bound, line));
-        nearest = nearer_zero(nearest, beside_whole(exact));
-        return absolute(truncate(exact));
+    // Writes the codes of x * scale, a product below 2, with the signs of x. False: some are so near to a threshold that nothing is known, and nothing
+    // is written.
+    inline bool write_codes(const float* x, F32 scale, uint8_t* out) const {
+        F32 v[kTogether];
+        Mask is_negative[kTogether];
+        I32 place[kTogether], line[kTogether], exact[kTogether];
+        for (int k = 0; k < kTogether; ++k) {
+            const F32 value = load(x + k * W);
+            v[k] = mul(value, scale);
+            if constexpr (kSigned)
+                is_negative[k] = less(value, splat(0.0f));
+        }
+        for (int k = 0; k < kTogether; ++k) {
+            if constexpr (kSigned) // a number at a cut belongs to the lower values: a negative one to the larger magnitudes
+                place[k] = add_where(is_negative[k], max_bits(magnitude_bits(v[k]), bits(splat(kLowestMagnitude))), splat_bits((16u << 24) + 1));
+            else
+                place[k] = bits(v[k] = max(v[k], splat(kLowestMagnitude)));
+        }
+        for (int k = 0; k < kTogether; ++k)
+            line[k] = bits(segment.of(shift_right<24>(place[k])));
+        for (int k = 0; k < kTogether; ++k)
+            line[k] = shift_right<24>(add_bits(line[k], and_bits(place[k], splat_bits(0xffffffu))));
+        for (int k = 0; k < kTogether; ++k)
+            v[k] = fused(slope.of(line[k]), v[k], offset.of(line[k]));
+        for (int k = 0; k < kTogether; ++k)
+            exact[k] = truncate(min(v[k], bound.of(line[k])));
+        if (any_low_word_below(2 * kLineTolerance, exact))
+            return false;
+        store_high_words<kSigned>(out, exact);
+        return true;
     }
 };
 #endif

@@ -9,7 +9,9 @@ namespace {
 
 constexpr int kMidpoints = 255;
 constexpr int kMostSegments = 16;
-constexpr double kFit = kLineTolerance / 4; // the rest is for rounding
+constexpr float kUnit = float(1 << kLinePoint);
+constexpr double kFit = kLineTolerance / kUnit / 4; // the rest is for rounding
+constexpr uint32_t kLowestPair = 48;                // half the exponent of kLowestMagnitude
 
 // The thresholds of one sign in ascending order of their magnitudes.
 struct Side {
@@ -79,17 +81,20 @@ struct Cuts {
     }
 };
 
-bool find_octaves(const Cuts& cuts, LineTable& table) {
-    constexpr uint32_t kMantissa = 0x7fffff;
-    for (uint32_t& entry : table.segment)
-        entry = 0;
+bool find_pairs_of_octaves(const Cuts& cuts, LineTable& table) {
+    constexpr uint32_t kWithinPair = 0xffffff;
+    uint32_t segments[16] = {};
     for (int i = 0; i < cuts.count; ++i) {
-        const uint32_t bits = float_bits(cuts.at[i]), octave = bits >> 23;
-        if (octave < kLowestOctave || octave > 127 || (i > 0 && float_bits(cuts.at[i - 1]) >> 23 == octave))
+        const uint32_t bits = float_bits(cuts.at[i]), pair = bits >> 24;
+        if (pair < kLowestPair || pair > 63 || (i > 0 && float_bits(cuts.at[i - 1]) >> 24 == pair))
             return false;
-        table.segment[octave & 31] += kMantissa - (bits & kMantissa);
-        for (uint32_t later = octave + 1; later <= 127; ++later)
-            table.segment[later & 31] += kMantissa + 1;
+        segments[pair - kLowestPair] += kWithinPair - (bits & kWithinPair);
+        for (uint32_t later = pair + 1; later <= 63; ++later)
+            segments[later - kLowestPair] += kWithinPair + 1;
+    }
+    for (uint32_t i = 0; i < 16; ++i) {
+        table.segment[(kLowestPair + i) & 31] = segments[i];
+        table.segment[(kLowestPair + i + 16) & 31] = segments[i] + (uint32_t(kMostSegments) << 24);
     }
     return true;
 }
@@ -105,19 +110,17 @@ bool fit_line(const float* midpoints, int first, int end, bool is_negative, floa
         rise = double(end - 1 - first) / (double(midpoints[end - 1]) - double(midpoints[first]));
         start = first + 1.0 - rise * midpoints[first];
     }
-    slope = float(rise), offset = float(start);
-    if (!(slope < 1e30f))
+    const float sign = is_negative ? -1.0f : 1.0f;
+    slope = sign * float(rise) * kUnit;
+    offset = float(sign * start * kUnit + kLineTolerance);
+    bound = sign * (is_negative ? first + 0.5f : end + 0.5f) * kUnit;
+    if (!(fabsf(slope) < 1e30f))
         return false;
-    for (int i = first; i < end; ++i)
-        if (!(fabsf(fmaf(slope, midpoints[i], offset) - float(i + 1)) < kLineTolerance))
+    for (int i = first; i < end; ++i) // truncation may take one unit more
+        if (!(fabsf(fmaf(slope, midpoints[i], offset) - sign * float(i + 1) * kUnit - kLineTolerance) < kLineTolerance - 1))
             return false;
-    const float begin = fmaf(slope, nearest, offset);
-    if (is_negative ? !(begin < end + 1 + kFit) : !(begin > first - kFit))
-        return false;
-    bound = is_negative ? -(first + 0.5f) : end + 0.5f;
-    if (is_negative)
-        slope = -slope, offset = -offset;
-    return true;
+    const float begin = fmaf(slope, nearest, offset), least = (is_negative ? -(end + 1) : first) * kUnit;
+    return begin >= least;
 }
 
 } // namespace
@@ -125,7 +128,7 @@ bool fit_line(const float* midpoints, int first, int end, bool is_negative, floa
 bool build_lines(const float* midpoints, LineTable& table) {
     table.negatives = 0;
     for (int i = 0; i < kMidpoints; ++i) {
-        if (midpoints[i] == 0.0f || !(magnitude(midpoints[i]) < INFINITY))
+        if (!(magnitude(midpoints[i]) > kLowestMagnitude) || !(magnitude(midpoints[i]) < INFINITY))
             return false;
         table.negatives += midpoints[i] < 0.0f;
     }
@@ -137,7 +140,7 @@ bool build_lines(const float* midpoints, LineTable& table) {
         for (int i = 0; i < count; ++i)
             cuts.add(float(side.magnitude[found[i]]));
     }
-    if (cuts.count >= kMostSegments || !find_octaves(cuts, table))
+    if (cuts.count >= kMostSegments || !find_pairs_of_octaves(cuts, table))
         return false;
     for (int segment = 0; segment <= cuts.count; ++segment) {
         const float lower = segment > 0 ? cuts.at[segment - 1] : 0.0f, upper = segment < cuts.count ? cuts.at[segment] : INFINITY;

@@ -103,26 +103,18 @@ static void write_codes(const MomentCode& code, const Finder finder, const float
         out[i] = uint8_t(keep_sign(blockwise_code(code.midpoints, normalise(x[i], inverse)), x[i], int(code.negatives)));
 }
 
-#if defined(BNB_HAS_TABLE32)
-static void write_codes_by_lines(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
-    constexpr int kTogether = 4; // vectors that are looked at once
-    const ByLines lines(*code.lines);
+#if defined(BNB_HAS_LINE_LOOKUP)
+template <bool kSigned> static void write_codes_by_lines(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
+    const ByLines<kSigned> lines(*code.lines);
     const KeepingSign<ByCell> cells(ByCell(*code.cells), code.negatives);
     const F32 scale = splat(inverse_absmax(absmax));
-    for (int64_t i = 0; i < count; i += kTogether * W) {
-        F32 nearest = splat(1.0f);
-        I32 found[kTogether];
-        for (int k = 0; k < kTogether; ++k) {
-            const F32 value = load(x + i + k * W);
-            found[k] = lines.code(mul(value, scale), value, nearest);
+    for (int64_t group = 0; group < count; group += lines.kTogether * W) {
+        if (lines.write_codes(x + group, scale, out + group))
+            continue;
+        for (int64_t i = group; i < group + lines.kTogether * W; i += W) {
+            const F32 value = load(x + i);
+            store_bytes(out + i, cells.code(mul(value, scale), value));
         }
-        if (any(less(from_bits(magnitude_bits(nearest)), splat(kLineTolerance))))
-            for (int k = 0; k < kTogether; ++k) {
-                const F32 value = load(x + i + k * W);
-                found[k] = cells.code(mul(value, scale), value);
-            }
-        for (int k = 0; k < kTogether; ++k)
-            store_bytes(out + i + k * W, found[k]);
     }
 }
 #endif
@@ -131,9 +123,10 @@ static void write_moment(const MomentCode& code, const float* x, int64_t count, 
     if (code.cells == nullptr)
         return write_codes(code, KeepingSign<BySearch>(BySearch(code.midpoints), code.negatives), x, count, absmax, out);
     const KeepingSign<ByCell> by_cell(ByCell(*code.cells), code.negatives);
-#if defined(BNB_HAS_TABLE32)
-    if (code.lines != nullptr && count % (4 * W) == 0 && is_ordinary(absmax, inverse_absmax(absmax)))
-        return write_codes_by_lines(code, x, count, absmax, out);
+#if defined(BNB_HAS_LINE_LOOKUP)
+    if (code.lines != nullptr && count % (ByLines<true>::kTogether * W) == 0 && is_ordinary(absmax, inverse_absmax(absmax))) {
+        return (code.negatives != 0 ? write_codes_by_lines<true> : write_codes_by_lines<false>)(code, x, count, absmax, out);
+    }
 #endif
     write_codes(code, by_cell, x, count, absmax, out);
 }

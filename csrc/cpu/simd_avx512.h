@@ -28,10 +28,16 @@ struct Table16 {
     __m512 v;
 };
 
-#define BNB_HAS_TABLE32 // and what find_code.h needs beside it: any(m), beside_whole(v), absolute(i)
+#define BNB_HAS_LINE_LOOKUP // and what else codes by lines need, see find_code.h
 
-struct Table32 {
+// 32 floats, or the first 16 of them.
+template <bool kAll> struct LineLookup {
     __m512 low, high;
+
+    BNB_MEMBER explicit LineLookup(const float* p) : low(_mm512_loadu_ps(p)), high(kAll ? _mm512_loadu_ps(p + 16) : low) {}
+    BNB_MEMBER F32 of(I32 index) const {
+        return {kAll ? _mm512_permutex2var_ps(low, index.v, high) : _mm512_permutexvar_ps(index.v, low)};
+    }
 };
 
 #if defined(__AVX512VBMI__)
@@ -114,9 +120,7 @@ BNB_INLINE Mask differ(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP
 BNB_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 BNB_INLINE I32 select(Mask m, I32 a, I32 b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 
-BNB_INLINE F32 nearer_zero(F32 a, F32 b) { return {_mm512_range_ps(a.v, b.v, 2)}; }
-BNB_INLINE I32 absolute(I32 a) { return {_mm512_abs_epi32(a.v)}; }
-BNB_INLINE bool any(Mask m) { return m.v != 0; }
+BNB_INLINE I32 add_where(Mask m, I32 a, I32 b) { return {_mm512_mask_add_epi32(a.v, m.v, a.v, b.v)}; }
 BNB_INLINE I32 drop(I32 a, Mask m) { return {_mm512_maskz_mov_epi32(__mmask16(~m.v), a.v)}; }
 
 BNB_INLINE I32 twice_plus(I32 a, Mask m) {
@@ -126,9 +130,6 @@ BNB_INLINE I32 twice_plus(I32 a, Mask m) {
 
 BNB_INLINE Table8 load_table8(const float* p) { return {_mm512_castps256_ps512(_mm256_loadu_ps(p))}; }
 BNB_INLINE Table16 load_table16(const float* p) { return {_mm512_loadu_ps(p)}; }
-BNB_INLINE F32 beside_whole(F32 a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; } // a less the nearest whole number
-BNB_INLINE Table32 load_table32(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
-BNB_INLINE F32 lookup32(const Table32& table, I32 index) { return {_mm512_permutex2var_ps(table.low, index.v, table.high)}; }
 BNB_INLINE F32 lookup8(Table8 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 BNB_INLINE F32 lookup16(Table16 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 
@@ -218,6 +219,25 @@ BNB_INLINE I32 gather(const uint32_t* p, I32 index) { return {_mm512_i32gather_e
 BNB_INLINE I32 load_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 BNB_INLINE I32 load_signed_bytes(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 BNB_INLINE void store_bytes(uint8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+
+BNB_INLINE bool any_low_word_below(uint32_t limit, const I32* four) {
+    const __m512i least = _mm512_min_epu16(_mm512_min_epu16(four[0].v, four[1].v), _mm512_min_epu16(four[2].v, four[3].v));
+    return _mm512_mask_cmplt_epu16_mask(0x55555555u, least, _mm512_set1_epi16(short(limit))) != 0;
+}
+
+// The upper words of four vectors as bytes. Those that may be negative (kSigned) are turned over bit by bit where they are: -1 is 0, -2 is 1.
+template <bool kSigned> BNB_INLINE void store_high_words(uint8_t* p, const I32* four) {
+    const __m512i odd = _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d, 0x00230021,
+                                          0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035, 0x003b0039, 0x003f003d);
+    const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    __m512i words[2];
+    for (int i = 0; i < 2; ++i) {
+        words[i] = _mm512_permutex2var_epi16(four[2 * i].v, odd, four[2 * i + 1].v);
+        if (kSigned)
+            words[i] = _mm512_max_epi16(words[i], _mm512_ternarylogic_epi32(words[i], words[i], words[i], 0x55));
+    }
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(in_order, _mm512_packus_epi16(words[0], words[1])));
+}
 
 // Each byte is spread over a pair of lanes; the even lane shifts its high nibble down.
 BNB_INLINE I32 load_nibbles(const uint8_t* p) {
