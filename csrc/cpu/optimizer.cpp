@@ -91,20 +91,38 @@ template <typename Algorithm> struct Stepper {
     }
 };
 
+// Steps a block. False: it is left as it was.
+template <typename Algorithm> BNB_INLINE bool step_block(const Stepper<Algorithm>& stepper, const Block& block, uint32_t* largest) {
+    if (stepper.skips_zeros)
+        return stepper.step_touched(block);
+    stepper.step(block, largest);
+    return true;
+}
+
+// Two blocks are stepped before the codes of the first are looked for: those wait for the largest of all its elements, and a processor that has
+// nothing else to do waits with them. With more than two, the memory would be left waiting.
 template <typename Algorithm> void step_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
+    constexpr int kTogether = 2;
     const Stepper<Algorithm> stepper(args.scalars, tensor.scale);
     const Tables tables(args);
-    Workspace work;
-    for (int64_t index = first; index < last; ++index) {
-        const Block block = load_block(args, tables, tensor, index, work);
-        uint32_t largest[Algorithm::kMoments];
-        if (!stepper.skips_zeros)
-            stepper.step(block, largest);
-        else if (!stepper.step_touched(block))
-            continue;
-        const bool knows_largest = !stepper.skips_zeros && block.count == kBlock; // lanes beyond the end do not count
-        store_parameter(args, tensor, block, work);
-        store_moments(args, tensor, index, block, work, knows_largest ? largest : nullptr);
+    Workspace works[kTogether];
+    for (int64_t index = first; index < last; index += kTogether) {
+        const int count = int(last - index < kTogether ? last - index : kTogether);
+        Block blocks[kTogether];
+        uint32_t largest[kTogether][Algorithm::kMoments];
+        bool is_stepped[kTogether];
+        for (int i = 0; i < count; ++i) {
+            const Block block = load_block(args, tables, tensor, index + i, works[i]);
+            is_stepped[i] = step_block(stepper, block, largest[i]);
+            if (is_stepped[i])
+                store_parameter(args, tensor, block, works[i]);
+            blocks[i] = block;
+        }
+        for (int i = 0; i < count; ++i) {
+            const bool knows_largest = !stepper.skips_zeros && blocks[i].count == kBlock; // lanes beyond the end do not count
+            if (is_stepped[i])
+                store_moments(args, tensor, index + i, blocks[i], works[i], knows_largest ? largest[i] : nullptr);
+        }
     }
 }
 
