@@ -19,6 +19,7 @@ constexpr int kTileTokens = 8;
 constexpr int kMostDotTokens = kManyRegisters ? 40 : 8; // from here on a panel is faster
 constexpr int kDotGroup = 64;                           // rows that share one pass over packed activations
 constexpr int64_t kDotCacheBytes = 32 << 10;            // of packed activations in one pass
+constexpr int64_t kFewTokensAhead = 16 << 10;           // bytes of the weight
 
 constexpr int tile_rows(int tokens) { return kManyRegisters ? (tokens <= 4 ? 4 : 2) : (tokens == 1 ? 2 : 1); }
 
@@ -34,8 +35,18 @@ struct DotSpan {
     int64_t position; // of the first code, counted from the start of the first block in `scales`
     int64_t K;
     int log2_blocksize;
-    int64_t length; // of the stretch
+    int64_t length;        // of the stretch
+    int64_t bytes_ahead;   // to the rows that are fetched into the cache meanwhile
 };
+
+// Weights of a model come from memory, and rows begin in pages of their own, where the hardware's prefetching starts anew and an address must be
+// translated first. For few tokens that takes longer than some tiles do.
+template <int kRows> BNB_INLINE void prefetch_codes(const DotSpan& span, int64_t k) {
+    constexpr int64_t kCodesInLine = 128;
+    if (k % kCodesInLine == 0)
+        for (int r = 0; r < kRows; ++r)
+            prefetch(span.codes + r * span.row_bytes + k / 2 + span.bytes_ahead);
+}
 
 template <typename Arithmetic, int kGranule, int kRows> struct Granules {
     typename Arithmetic::Codes codes[kRows];
@@ -71,6 +82,7 @@ static void dot_tile(const DotSpan& span, Table16 levels, const typename Arithme
             next = TileGranules::load(span, levels, smaller(k + kGranule, span.length - kGranule));
         else
             now = TileGranules::load(span, levels, k);
+        prefetch_codes<kRows>(span, k);
         BNB_UNROLL
         for (int step = 0; step < kGranule / kLanes; ++step) {
             typename Arithmetic::Vector w[kRows];
@@ -175,7 +187,7 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
         for (int64_t k = 0; k < K; k += stretch) {
             const int64_t first = row * K + k;
             const int64_t position = first - blocks.first * args_.blocksize;
-            const DotSpan span{args_.B + first / 2, K / 2, scales, position, K, log2_blocksize_, smaller(stretch, K - k)};
+            const DotSpan span{args_.B + first / 2, K / 2, scales, position, K, log2_blocksize_, smaller(stretch, K - k), bytes_ahead()};
             for (int64_t tile = 0; tile < tiles_.count; ++tile) {
                 const int64_t token = tiles_.begin(tile), tokens = tiles_.size(tile);
                 rows_function(tokens)(span, rows, levels_, packed_ + token * K + k * tokens, sums_ + token * kDotGroup);
@@ -203,6 +215,11 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
     int64_t most_columns() const {
         const int64_t fitting = kDotCacheBytes / (int64_t(sizeof(Activation)) * tiles_.size(0)) / kGranule * kGranule;
         return smaller(fitting, Arithmetic::kChain * Arithmetic::kLanes);
+    }
+
+    int64_t bytes_ahead() const {
+        const int64_t row_bytes = args_.K / 2, next_tile = tile_rows(kTileTokens) * row_bytes;
+        return args_.M <= 4 ? ceil_div(kFewTokensAhead, row_bytes) * row_bytes : next_tile;
     }
 
     size_t packed_bytes() const { return size_t(args_.M * args_.K) * sizeof(Activation); }
