@@ -38,28 +38,43 @@ BNB_INLINE BlockRange blocks_of_rows(const GemmArgs4bit& args, int64_t first_row
 // Upper bound on the blocks that `rows` rows touch.
 BNB_INLINE int64_t most_blocks(const GemmArgs4bit& args, int64_t rows) { return rows * args.K / args.blocksize + 2; }
 
-// Scales of a range of blocks: where they are, or for nested statistics decoded into `decoded`.
-[[maybe_unused]] static const float* block_scales(const GemmArgs4bit& args, BlockRange blocks, float* decoded) {
-    if (args.absmax_8bit == nullptr)
-        return args.absmax + blocks.first;
-    const Table256 code = load_table256(args.absmax_code);
-    const float offset = args.absmax_offset[0];
-    for (int64_t block = blocks.first; block <= blocks.last;) {
-        const float absmax = args.absmax[block >> 8];
-        const int64_t end = smaller((block | 255) + 1, blocks.last + 1); // 256 blocks share one second-level absmax
-        const uint8_t* codes = args.absmax_8bit;
-        float* out = decoded - blocks.first;
-        for (; block + 2 * W <= end; block += 2 * W) {
-            F32 values[2];
-            lookup256_pair(code, codes + block, values);
-            store(out + block, add(mul(values[0], splat(absmax)), splat(offset)));
-            store(out + block + W, add(mul(values[1], splat(absmax)), splat(offset)));
-        }
-        for (; block < end; ++block)
-            out[block] = args.absmax_code[codes[block]] * absmax + offset;
+// Scales of the weight's blocks: where they are, or for nested statistics decoded. The code is made ready for lookups once.
+class BlockScales {
+  public:
+    explicit BlockScales(const GemmArgs4bit& args) : args_(args) {
+        if (args.absmax_8bit != nullptr)
+            code_ = load_table256(args.absmax_code);
     }
-    return decoded;
-}
+
+    // Those of a range of blocks, with room for them in `decoded`.
+    const float* of(BlockRange blocks, float* decoded) const {
+        if (args_.absmax_8bit == nullptr)
+            return args_.absmax + blocks.first;
+        for (int64_t block = blocks.first; block <= blocks.last;) {
+            const int64_t end = smaller((block | 255) + 1, blocks.last + 1); // 256 blocks share one second-level absmax
+            decode(block, end, args_.absmax[block >> 8], decoded + (block - blocks.first));
+            block = end;
+        }
+        return decoded;
+    }
+
+  private:
+    void decode(int64_t begin, int64_t end, float absmax, float* out) const {
+        const float offset = args_.absmax_offset[0];
+        int64_t i = 0;
+        for (; begin + i + 4 * W <= end; i += 4 * W) {
+            F32 values[4];
+            lookup256_four(code_, args_.absmax_8bit + begin + i, values);
+            for (int k = 0; k < 4; ++k)
+                store(out + i + k * W, add(mul(values[k], splat(absmax)), splat(offset)));
+        }
+        for (; begin + i < end; ++i)
+            out[i] = args_.absmax_code[args_.absmax_8bit[begin + i]] * absmax + offset;
+    }
+
+    const GemmArgs4bit& args_;
+    Table256 code_;
+};
 
 // The same for a single block.
 BNB_INLINE float block_scale(const GemmArgs4bit& args, int64_t block) {

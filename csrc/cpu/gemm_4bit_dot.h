@@ -35,8 +35,8 @@ struct DotSpan {
     int64_t position; // of the first code, counted from the start of the first block in `scales`
     int64_t K;
     int log2_blocksize;
-    int64_t length;        // of the stretch
-    int64_t bytes_ahead;   // to the rows that are fetched into the cache meanwhile
+    int64_t length;      // of the stretch
+    int64_t bytes_ahead; // to the rows that are fetched into the cache meanwhile
 };
 
 // Weights of a model come from memory, and rows begin in pages of their own, where the hardware's prefetching starts anew and an address must be
@@ -164,7 +164,7 @@ static void pack_activations(const T* a, int64_t K, int64_t tokens, typename Ari
 template <typename Arithmetic, int kGranule, typename T> class DotWorker {
   public:
     explicit DotWorker(const GemmArgs4bit& args)
-        : args_(args), tiles_(TokenTiles::of(args.M, kTileTokens)), levels_(load_table16(levels_of(args.quant_type))),
+        : args_(args), scales_(args), tiles_(TokenTiles::of(args.M, kTileTokens)), levels_(load_table16(levels_of(args.quant_type))),
           log2_blocksize_(log2_of(args.blocksize)), scratch_(packed_bytes() + sums_bytes() + scales_bytes() + 3 * Scratch::kAlignment),
           packed_(static_cast<Activation*>(scratch_.take(packed_bytes()))), sums_(static_cast<float*>(scratch_.take(sums_bytes()))),
           decoded_(static_cast<float*>(scratch_.take(scales_bytes()))) {}
@@ -181,7 +181,7 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
     // Rows [row, row + rows), at most kDotGroup.
     void multiply(int64_t row, int64_t rows) const {
         const BlockRange blocks = blocks_of_rows(args_, row, rows);
-        const float* scales = block_scales(args_, blocks, decoded_);
+        const float* scales = scales_.of(blocks, decoded_);
         const int64_t K = args_.K, stretch = most_columns();
         memset(sums_, 0, sums_bytes());
         for (int64_t k = 0; k < K; k += stretch) {
@@ -227,6 +227,7 @@ template <typename Arithmetic, int kGranule, typename T> class DotWorker {
     size_t scales_bytes() const { return args_.absmax_8bit != nullptr ? size_t(most_blocks(args_, kDotGroup)) * sizeof(float) : 0; }
 
     const GemmArgs4bit& args_;
+    BlockScales scales_;
     TokenTiles tiles_;
     Table16 levels_;
     int log2_blocksize_;

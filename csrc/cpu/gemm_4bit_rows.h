@@ -98,7 +98,7 @@ template <typename Arithmetic> class WeightRows {
     static int64_t lanes(const GemmArgs4bit& args) { return args.N; }
     static int64_t depth(const GemmArgs4bit& args) { return args.K; }
 
-    WeightRows(const GemmArgs4bit& args, int64_t stretch) : args_(args), stretch_(stretch), is_aligned_(is_aligned(args)) {}
+    WeightRows(const GemmArgs4bit& args, int64_t stretch) : args_(args), scales_(args), stretch_(stretch), is_aligned_(is_aligned(args)) {}
 
     size_t scratch_bytes() const { return rows_bytes() + scales_bytes(); }
 
@@ -112,7 +112,7 @@ template <typename Arithmetic> class WeightRows {
         panel_ = {first, count, nullptr, 0};
         if (args_.K > 0) {
             const BlockRange blocks = blocks_of_rows(args_, first, count);
-            panel_.scales = block_scales(args_, blocks, decoded_);
+            panel_.scales = scales_.of(blocks, decoded_);
             panel_.first_block = blocks.first;
         }
     }
@@ -129,6 +129,7 @@ template <typename Arithmetic> class WeightRows {
     size_t scales_bytes() const { return args_.absmax_8bit != nullptr ? size_t(most_blocks(args_, kPanelLanes)) * sizeof(float) : 0; }
 
     const GemmArgs4bit& args_;
+    BlockScales scales_;
     int64_t stretch_;
     bool is_aligned_;
     PanelRows panel_{};

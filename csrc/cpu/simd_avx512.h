@@ -35,9 +35,7 @@ template <bool kAll> struct LineLookup {
     __m512 low, high;
 
     BNB_MEMBER explicit LineLookup(const float* p) : low(_mm512_loadu_ps(p)), high(kAll ? _mm512_loadu_ps(p + 16) : low) {}
-    BNB_MEMBER F32 of(I32 index) const {
-        return {kAll ? _mm512_permutex2var_ps(low, index.v, high) : _mm512_permutexvar_ps(index.v, low)};
-    }
+    BNB_MEMBER F32 of(I32 index) const { return {kAll ? _mm512_permutex2var_ps(low, index.v, high) : _mm512_permutexvar_ps(index.v, low)}; }
 };
 
 #if defined(__AVX512VBMI__)
