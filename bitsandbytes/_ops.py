@@ -795,6 +795,8 @@ def _check_tensors_of_optimizer_step(op, p, g, moments, absmax, qmaps, unorm, co
     for norm in unorm:
         _require_at_least(op, "unorm", norm, 1)
     tensors = (*p, *g, *moments, *absmax, *qmaps, *unorm)
+    for layout in {tensor.layout for tensor in tensors} - {torch.strided}:
+        _fail(f"{op}: all tensors must be dense, got one with layout {layout}")
     if not all([tensor.is_cpu for tensor in tensors]):  # the quick answer
         _same_device(op, p[0], *tensors)
 

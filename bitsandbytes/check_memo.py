@@ -42,7 +42,7 @@ def once_for_alike(check: Callable) -> Callable:
             return check(*args)
         tensors = tuple(chain.from_iterable(lists))
         kind = tuple([len(arg) if isinstance(arg, (list, tuple)) else arg for arg in args])
-        if any(known == kind and guards.check(*tensors) for known, guards in passed):
+        if any(known == kind and guards.check(*tensors) for known, guards in tuple(passed)):  # another thread may add to it meanwhile
             return
         check(*args)
         if _may_remember(tensors):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitsandbytes import check_memo, optim
+from bitsandbytes import check_memo, functional, optim
 from bitsandbytes.check_memo import once_for_alike
 
 COUNT = 40  # parameters: 240 tensors with their gradients and 8-bit moments
@@ -52,6 +52,16 @@ def test_a_gradient_that_changed_since_is_refused():
     params[7].grad.data = params[7].grad.data[:-1]
     with pytest.raises(RuntimeError, match="g of parameter 7 must have 5000 elements, got 4999"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("count", [2, COUNT])
+def test_a_sparse_gradient_is_refused_by_name(count):
+    dense = [torch.zeros(10) for _ in range(4 * count)]
+    arguments = dict(algorithm="adam", step=1, lr=1e-3, beta1=0.9, beta2=0.99, beta3=0.0, alpha=0.0, eps=1e-8, weight_decay=0.0)
+    p, g, moments = dense[:count], dense[count : 2 * count], dense[2 * count :]
+    functional.optimizer_step(p, g, moments, [], [], [], **arguments)
+    with pytest.raises(RuntimeError, match="must be dense, got one with layout torch.sparse_coo"):
+        functional.optimizer_step(p, [*g[1:], g[0].to_sparse()], moments, [], [], [], **arguments)
 
 
 class Counted:
@@ -115,3 +125,27 @@ def test_without_help_from_torch_everything_is_checked(monkeypatch):
     monkeypatch.setattr(check_memo, "TensorGuards", None)
     check = Counted()
     assert [check("op", tensors(3), tensors(3)) for _ in range(2)] == [1, 1]
+
+
+def test_another_thread_may_check_meanwhile(monkeypatch):
+    class Interrupted:
+        """Compares as another thread passes a check of its own."""
+
+        def __init__(self, *tensors, **options):
+            pass
+
+        def check(self, *tensors):
+            if len(sizes) < 8:
+                sizes.append(len(sizes) + 10)
+                check("op", many(sizes[-1]), many(sizes[-1]))
+            return False
+
+    def many(size):
+        return [torch.zeros(size) for _ in range(50)]
+
+    sizes = []
+    monkeypatch.setattr(check_memo, "TensorGuards", Interrupted)
+    check = Counted()
+    for _ in range(3):
+        check("op", many(3), many(3))
+    assert check.calls == 3 + len(sizes)
