@@ -63,7 +63,7 @@ wheel: $(VENV)/.wheel $(VENV)/.package
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto --exclude 'libcu*' --exclude 'libnv*' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python -m venv --clear build/wheel/venv
 	$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' >$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth
-	build/wheel/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-index --find-links dist --pre bitsandbytes
+	build/wheel/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-index --ignore-installed --find-links dist --pre bitsandbytes
 	cd build/wheel && venv/bin/python ../../tests/smoke_wheel.py venv
 	@ls -1 dist/*.whl
 
