@@ -1,8 +1,8 @@
 """Remembers what long lists of tensors looked like when they passed a check, so that the next step need not ask each of them again.
 
-To ask one tensor for one property takes Python 40 nanoseconds. A step over 400 small parameters has 2400 tensors with four properties to check:
-more time than a fifth of the step. torch compares everything that the checks look at (type, dtype, device, sizes, strides) in one call, as
-torch.compile does before it runs compiled code.
+To ask one tensor for one property takes Python about 40 nanoseconds, and a step over 400 small parameters has 2400 tensors. torch compares everything
+that the checks look at (type, dtype, device, sizes, strides) in one call, about 40 nanoseconds a tensor for all of it together, as torch.compile does
+before it runs compiled code.
 """
 
 from collections import deque

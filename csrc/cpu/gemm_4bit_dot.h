@@ -42,7 +42,7 @@ struct DotSpan {
 // Weights of a model come from memory, and rows begin in pages of their own, where the hardware's prefetching starts anew and an address must be
 // translated first. For few tokens that takes longer than some tiles do.
 template <int kRows> BNB_INLINE void prefetch_codes(const DotSpan& span, int64_t k) {
-    constexpr int64_t kCodesInLine = 128;
+    constexpr int64_t kCodesInLine = 128; // a cache line of 64 bytes
     if (k % kCodesInLine == 0)
         for (int r = 0; r < kRows; ++r)
             prefetch(span.codes + r * span.row_bytes + k / 2 + span.bytes_ahead);

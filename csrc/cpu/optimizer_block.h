@@ -124,9 +124,8 @@ static void write_moment(const MomentCode& code, const float* x, int64_t count, 
         return write_codes(code, KeepingSign<BySearch>(BySearch(code.midpoints), code.negatives), x, count, absmax, out);
     const KeepingSign<ByCell> by_cell(ByCell(*code.cells), code.negatives);
 #if defined(BNB_HAS_LINE_LOOKUP)
-    if (code.lines != nullptr && count % (ByLines<true>::kTogether * W) == 0 && is_ordinary(absmax, inverse_absmax(absmax))) {
+    if (code.lines != nullptr && count % (ByLines<true>::kTogether * W) == 0 && is_ordinary(absmax, inverse_absmax(absmax)))
         return (code.negatives != 0 ? write_codes_by_lines<true> : write_codes_by_lines<false>)(code, x, count, absmax, out);
-    }
 #endif
     write_codes(code, by_cell, x, count, absmax, out);
 }
