@@ -89,10 +89,9 @@ struct BFloat16Arithmetic {
     template <int kGranule> BNB_INLINE Codes load_codes(const uint8_t* p) {
         if constexpr (kGranule == 64) {
             return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-        } else { // the high nibble of a byte in the lower word, the low one in the upper word
+        } else {
             static_assert(kGranule == 32, "one code a word");
-            const I32 bytes = load_bytes(p);
-            return or_bits(shift_right<4>(bytes), shift_left<16>(bytes));
+            return load_nibble_words(p);
         }
     }
 

@@ -1,7 +1,8 @@
 // Dequantisation: y[i] = fl(level[code[i]] * absmax[i / blocksize]) in fp32, rounded once to the output type.
 //
-// Reads half a byte (4 bit) or a byte (8 bit) an element and writes 2 or 4; the levels stay in registers where the set has room for them. Results
-// larger than the caches are written past them: storing there would first fetch the lines that it overwrites.
+// Reads half a byte (4 bit) or a byte (8 bit) an element and writes 2 or 4; the levels stay in registers where the set has room for them. A block of
+// 4-bit codes has 16 values: they are multiplied, and rounded to 16 bits, once for the block. Results larger than the caches are written past them:
+// storing there would first fetch the lines that it overwrites.
 #include "blocks.h"
 #include "kernels.h"
 
@@ -11,10 +12,10 @@ namespace {
 
 constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
 
-// Whether every whole vector of every block of a result may be streamed.
-template <typename T> bool is_streamable(const void* output, int64_t n, int64_t blocksize) {
-    constexpr int64_t vector = W * int64_t(sizeof(T));
-    return n * int64_t(sizeof(T)) >= kLargerThanCaches && blocksize % W == 0 && reinterpret_cast<uintptr_t>(output) % vector == 0;
+// Whether every whole group of so many elements of every block of a result may be streamed.
+template <typename T> bool is_streamable(const void* output, int64_t n, int64_t blocksize, int64_t group) {
+    const int64_t bytes = group * int64_t(sizeof(T));
+    return n * int64_t(sizeof(T)) >= kLargerThanCaches && blocksize % group == 0 && int64_t(reinterpret_cast<uintptr_t>(output) % uintptr_t(bytes)) == 0;
 }
 
 template <bool kStreams, typename T> BNB_INLINE void put(T* p, F32 v) {
@@ -31,7 +32,7 @@ template <bool kStreams, typename T> void dequantize_blocks_4bit(const Dequantiz
     for (int64_t block = first; block < last; ++block) {
         const Range range = elements_of_block(block, args.blocksize, args.n);
         const float absmax = args.absmax[block];
-        const F32 scale = splat(absmax);
+        const Table16 values = scaled(table, absmax);
         int64_t i = range.begin;
         const auto put_until = [&](int64_t end) {
             for (; i < end; ++i)
@@ -39,8 +40,13 @@ template <bool kStreams, typename T> void dequantize_blocks_4bit(const Dequantiz
         };
         if (i & 1) // odd block sizes: the first element is in the low nibble
             put_until(i + 1);
+        if constexpr (sizeof(T) == 2) {
+            const WordTable words = narrowed(values, y);
+            for (; i + kWords <= range.end; i += kWords)
+                put_words<kStreams>(y + i, words, args.input + i / 2);
+        }
         for (; i + W <= range.end; i += W)
-            put<kStreams>(y + i, mul(lookup16(table, load_nibbles(args.input + i / 2)), scale));
+            put<kStreams>(y + i, lookup16(values, load_nibbles(args.input + i / 2)));
         put_until(range.end);
     }
 }
@@ -79,16 +85,16 @@ void run(const Args& args, bool streams, Plain plain, Streaming streaming, int64
 void dequantize_4bit(const DequantizeArgs4bit& args, int64_t first, int64_t last) {
     with_element_type(args.dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        run(args, is_streamable<T>(args.output, args.n, args.blocksize), dequantize_blocks_4bit<false, T>, dequantize_blocks_4bit<true, T>, first,
-            last);
+        const bool streams = is_streamable<T>(args.output, args.n, args.blocksize, sizeof(T) == 2 ? kWords : W);
+        run(args, streams, dequantize_blocks_4bit<false, T>, dequantize_blocks_4bit<true, T>, first, last);
     });
 }
 
 void dequantize_blockwise(const DequantizeArgsBlockwise& args, int64_t first, int64_t last) {
     with_element_type(args.dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        run(args, is_streamable<T>(args.output, args.n, args.blocksize), dequantize_blocks_blockwise<false, T>, dequantize_blocks_blockwise<true, T>,
-            first, last);
+        const bool streams = is_streamable<T>(args.output, args.n, args.blocksize, W);
+        run(args, streams, dequantize_blocks_blockwise<false, T>, dequantize_blocks_blockwise<true, T>, first, last);
     });
 }
 

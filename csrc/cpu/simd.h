@@ -36,6 +36,8 @@
 //   shift_right_by(i, n)            shift_right by a count known at run time only
 //   low_nibbles(i)                  i fit for lookup16, whatever stands above the fourth bit
 //   scaled(t, f)                    a Table16 with every entry multiplied by f
+//   WordTable, narrowed(t, p)       a Table16 with every entry rounded to the 16-bit type of p
+//   put_words<kStreams>(p, t, c)    stores, or streams, the entries of a WordTable for the kWords codes at c, two to a byte, high nibble first
 //   reduce_add_4(v, out)            out[i] is the sum of the lanes of v[i], for four vectors of floats or integers
 //   load_columns(p, stride, rows, columns, out)
 //                                   a transposition: lane i of out[j] is the 32-bit word j at p + i * stride, for W columns. Lanes from `rows` on

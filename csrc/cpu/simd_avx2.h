@@ -193,6 +193,35 @@ BNB_INLINE Table16 scaled(Table16 table, float scale) {
     return {_mm256_mul_ps(table.low, s), _mm256_mul_ps(table.high, s)};
 }
 
+constexpr int kWords = 4 * W;
+
+struct WordTable {
+    __m256i low, high; // the bytes of the entries, the same in both halves
+};
+
+template <typename T> BNB_INLINE WordTable narrowed(Table16 table, const T* type) {
+    const __m128i first = narrow(type, {table.low}), second = narrow(type, {table.high}), low_byte = _mm_set1_epi16(0xff);
+    const __m128i low = _mm_packus_epi16(_mm_and_si128(first, low_byte), _mm_and_si128(second, low_byte));
+    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
+}
+
+// Codes are put in the order in which the unpacking of their bytes, half by half, brings them into line.
+template <bool kStreams> BNB_INLINE void put_words(void* p, const WordTable& table, const uint8_t* codes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), nibble = _mm_set1_epi8(15);
+    const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), odd = _mm_and_si128(bytes, nibble);
+    const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
+    const __m256i index = _mm256_set_m128i(_mm_unpackhi_epi64(first, second), _mm_unpacklo_epi64(first, second));
+    const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+    const __m256i words[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+    for (int i = 0; i < 2; ++i) {
+        if (kStreams)
+            _mm256_stream_si256(static_cast<__m256i*>(p) + i, words[i]);
+        else
+            _mm256_storeu_si256(static_cast<__m256i*>(p) + i, words[i]);
+    }
+}
+
 BNB_INLINE void reduce_add_4(const F32* v, float* out) {
     const __m256 two = _mm256_hadd_ps(_mm256_hadd_ps(v[0].v, v[1].v), _mm256_hadd_ps(v[2].v, v[3].v));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));

@@ -256,6 +256,30 @@ BNB_INLINE I32 shift_right_by(I32 a, int n) { return {_mm512_srl_epi32(a.v, _mm_
 BNB_INLINE I32 low_nibbles(I32 a) { return a; }
 BNB_INLINE Table16 scaled(Table16 table, float scale) { return {_mm512_mul_ps(table.v, _mm512_set1_ps(scale))}; }
 
+// Word indices from 16 bytes: the high nibble in the lower word, the low one in the upper word. Bits above the fifth do not count, the fifth may be
+// anything.
+BNB_INLINE I32 load_nibble_words(const uint8_t* p) {
+    const I32 bytes = load_bytes(p);
+    return or_bits(shift_right<4>(bytes), shift_left<16>(bytes));
+}
+
+constexpr int kWords = 2 * W;
+
+struct WordTable {
+    __m512i v; // the entries twice, for either fifth bit
+};
+
+BNB_INLINE WordTable narrowed(Table16 table, const Half*) { return {_mm512_broadcast_i64x4(narrow_half({table.v}))}; }
+BNB_INLINE WordTable narrowed(Table16 table, const BFloat16*) { return {_mm512_broadcast_i64x4(narrow_bfloat16({table.v}))}; }
+
+template <bool kStreams> BNB_INLINE void put_words(void* p, WordTable table, const uint8_t* codes) {
+    const __m512i words = _mm512_permutexvar_epi16(load_nibble_words(codes).v, table.v);
+    if (kStreams)
+        _mm512_stream_si512(static_cast<__m512i*>(p), words);
+    else
+        _mm512_storeu_si512(p, words);
+}
+
 // A transposition of four lanes by four, and additions that make one vector of four and then one part of four.
 BNB_INLINE void reduce_add_4(const F32* v, float* out) {
     const auto halve = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))); };

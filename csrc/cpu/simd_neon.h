@@ -199,6 +199,26 @@ BNB_INLINE Table16 scaled(Table16 table, float scale) {
     return table;
 }
 
+constexpr int kWords = 8 * W;
+
+struct WordTable {
+    uint8x16x2_t bytes; // the lower ones of the entries, the upper ones
+};
+
+template <typename T> BNB_INLINE WordTable narrowed(const Table16& table, const T*) {
+    T entries[16];
+    for (int i = 0; i < 4; ++i)
+        store(entries + 4 * i, {vreinterpretq_f32_u8(table.v.val[i])});
+    return {vld2q_u8(reinterpret_cast<const uint8_t*>(entries))};
+}
+
+template <bool kStreams> BNB_INLINE void put_words(void* p, const WordTable& table, const uint8_t* codes) {
+    const uint8x16_t bytes = vld1q_u8(codes), even = vshrq_n_u8(bytes, 4), odd = vandq_u8(bytes, vdupq_n_u8(15));
+    const uint8x16_t index[2] = {vzip1q_u8(even, odd), vzip2q_u8(even, odd)};
+    for (int i = 0; i < 2; ++i)
+        vst2q_u8(static_cast<uint8_t*>(p) + 32 * i, {{vqtbl1q_u8(table.bytes.val[0], index[i]), vqtbl1q_u8(table.bytes.val[1], index[i])}});
+}
+
 BNB_INLINE void reduce_add_4(const F32* v, float* out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))); }
 
 BNB_INLINE void reduce_add_4(const I32* v, uint32_t* out) { vst1q_u32(out, vpaddq_u32(vpaddq_u32(v[0].v, v[1].v), vpaddq_u32(v[2].v, v[3].v))); }

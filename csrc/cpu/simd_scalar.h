@@ -161,6 +161,28 @@ BNB_INLINE Table16 scaled(const Table16& table, float scale) {
     return r;
 }
 
+constexpr int kWords = 2 * W;
+
+struct WordTable {
+    uint16_t v[16];
+};
+
+template <typename T> BNB_INLINE WordTable narrowed(const Table16& table, const T*) {
+    WordTable r;
+    for (int i = 0; i < 16; ++i)
+        r.v[i] = from_float<T>(table.v[i]).bits;
+    return r;
+}
+
+template <bool kStreams> BNB_INLINE void put_words(void* p, const WordTable& table, const uint8_t* codes) {
+    uint16_t words[kWords];
+    for (int i = 0; i < kWords / 2; ++i) {
+        words[2 * i] = table.v[codes[i] >> 4];
+        words[2 * i + 1] = table.v[codes[i] & 15];
+    }
+    memcpy(p, words, sizeof words);
+}
+
 BNB_INLINE void reduce_add_4(const F32* v, float* out) {
     for (int i = 0; i < 4; ++i)
         out[i] = reduce_add(v[i]);
