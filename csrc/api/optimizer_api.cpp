@@ -12,9 +12,6 @@
 namespace bnb {
 namespace {
 
-// Blocks whose squares are summed up together, and which stay on one thread.
-constexpr int64_t kBlocksPerChunk = 16;
-
 // The arguments that all parameters share. False: a code is not ascending. `midpoints` is memory for them.
 bool prepare(const OptimizerSettings& settings, int64_t elements, float (*midpoints)[255], OptimizerArgs& args) {
     static thread_local CellCache cell_caches[kMostMoments];
@@ -56,24 +53,26 @@ OptimizerTensor tensor_of(const OptimizerTensors& tensors, int64_t t, int moment
 int64_t blocks_of(int64_t n) { return ceil_divide(n, kOptimizerBlocksize); }
 int64_t chunks_of(int64_t n) { return ceil_divide(n, kOptimizerBlocksize * kBlocksPerChunk); }
 
-// Deals the blocks of all parameters out to threads as one line. Calls function(parameter, chunk, first block, last block) for every chunk, numbered
-// over all parameters. A chunk belongs to the thread that its first block falls to.
-template <typename Function> void for_chunks(const OptimizerTensors& tensors, int32_t threads, const Function& function) {
+// Deals the blocks of all parameters out to threads as one line, in whole chunks. Calls function(parameter, chunk, first block, last block) for each
+// stretch that lies in one parameter; it begins with this chunk, numbered over all parameters. Stretches are as long as they can be: a kernel that is
+// called anew does not have the memory at work for it from its first element on.
+template <typename Function> void for_stretches(const OptimizerTensors& tensors, int32_t threads, const Function& function) {
     int64_t blocks = 0;
     for (int64_t t = 0; t < tensors.count; ++t)
         blocks += blocks_of(tensors.sizes[t]);
     parallel_for(blocks, kElementsPerThread / kOptimizerBlocksize, threads, [&](int64_t begin, int64_t end, int) {
         int64_t line = 0, number = 0; // of the parameter's first block and first chunk
         for (int64_t t = 0; t < tensors.count && line < end; ++t) {
-            const int64_t length = blocks_of(tensors.sizes[t]), chunks = chunks_of(tensors.sizes[t]);
-            for (int64_t chunk = line < begin ? ceil_divide(begin - line, kBlocksPerChunk) : 0; chunk < chunks; ++chunk) {
-                const int64_t first = chunk * kBlocksPerChunk;
-                if (line + first >= end)
-                    break;
-                function(t, number + chunk, first, first + kBlocksPerChunk < length ? first + kBlocksPerChunk : length);
-            }
+            const int64_t length = blocks_of(tensors.sizes[t]);
+            const auto block_at = [&](int64_t place) { // a chunk belongs to the thread that its first block falls to
+                const int64_t block = place > line ? ceil_divide(place - line, kBlocksPerChunk) * kBlocksPerChunk : 0;
+                return block < length ? block : length;
+            };
+            const int64_t first = block_at(begin), last = block_at(end);
+            if (first < last)
+                function(t, number + first / kBlocksPerChunk, first, last);
             line += length;
-            number += chunks;
+            number += chunks_of(tensors.sizes[t]);
         }
     });
 }
@@ -120,12 +119,12 @@ int32_t bnb_cpu_optimizer_step(const OptimizerTensors* tensors, const OptimizerS
     const KernelTable& table = kernels();
     const auto tensor = [&](int64_t t) { return tensor_of(*tensors, t, args.moments, args.in_8bit); };
     if (has_limit) {
-        for_chunks(*tensors, threads, [&](int64_t t, int64_t chunk, int64_t first, int64_t last) {
-            squares[chunk] = table.optimizer_measure(args, tensor(t), first, last);
+        for_stretches(*tensors, threads, [&](int64_t t, int64_t chunk, int64_t first, int64_t last) {
+            table.optimizer_measure(args, tensor(t), first, last, squares + chunk);
         });
         find_scales(*tensors, *settings, squares, scales);
     }
-    for_chunks(*tensors, threads, [&](int64_t t, int64_t, int64_t first, int64_t last) {
+    for_stretches(*tensors, threads, [&](int64_t t, int64_t, int64_t first, int64_t last) {
         OptimizerTensor one = tensor(t);
         if (has_limit)
             one.scale = scales[t];

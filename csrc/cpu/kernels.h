@@ -137,8 +137,9 @@ struct KernelTable {
     void (*int8_scale_rows)(const Int8ScaleArgs& args, int64_t first, int64_t last);
     int32_t (*int8_product)(const Int8ProductArgs& args); // these two split their work over threads themselves
     int32_t (*int8_backward)(const Int8BackwardArgs& args);
-    void (*optimizer_step)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last);                // blocks of 256
-    OptimizerSquares (*optimizer_measure)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last); // changes nothing
+    void (*optimizer_step)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last); // blocks of 256
+    // Changes nothing; leaves the squares of each chunk.
+    void (*optimizer_measure)(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last, OptimizerSquares* squares);
 };
 
 // Every kernel source is compiled with -DBNB_ISA=<name of the set> and lives in the namespace of that name.
@@ -159,7 +160,7 @@ void int8_scale_rows(const Int8ScaleArgs& args, int64_t first, int64_t last);
 int32_t int8_product(const Int8ProductArgs& args);
 int32_t int8_backward(const Int8BackwardArgs& args);
 void optimizer_step(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last);
-OptimizerSquares optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last);
+void optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last, OptimizerSquares* squares);
 
 extern const KernelTable kernel_table;
 

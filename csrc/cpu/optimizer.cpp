@@ -99,8 +99,8 @@ template <typename Algorithm> BNB_INLINE bool step_block(const Stepper<Algorithm
     return true;
 }
 
-// Two blocks are stepped before the codes of the first are looked for: those wait for the largest of all its elements, and a processor that has
-// nothing else to do waits with them. With more than two, the memory would be left waiting.
+// Two blocks are stepped before the codes of the first are looked for: those wait for the largest of all its elements and its inverse, and a processor
+// that has nothing else to do waits with them. With more than two, the memory would be left waiting.
 template <typename Algorithm> void step_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
     constexpr int kTogether = 2;
     const Stepper<Algorithm> stepper(args.scalars, tensor.scale);
@@ -109,36 +109,43 @@ template <typename Algorithm> void step_blocks(const OptimizerArgs& args, const 
     for (int64_t index = first; index < last; index += kTogether) {
         const int count = int(last - index < kTogether ? last - index : kTogether);
         Block blocks[kTogether];
-        uint32_t largest[kTogether][Algorithm::kMoments];
+        MomentScale scales[kTogether][kMostMoments];
         bool is_stepped[kTogether];
         for (int i = 0; i < count; ++i) {
             const Block block = load_block(args, tables, tensor, index + i, works[i]);
-            is_stepped[i] = step_block(stepper, block, largest[i]);
-            if (is_stepped[i])
-                store_parameter(args, tensor, block, works[i]);
+            uint32_t largest[Algorithm::kMoments];
+            is_stepped[i] = step_block(stepper, block, largest);
             blocks[i] = block;
+            if (!is_stepped[i])
+                continue;
+            store_parameter(args, tensor, block, works[i]);
+            const bool knows_largest = !stepper.skips_zeros && block.count == kBlock; // lanes beyond the end do not count
+            if (args.in_8bit)
+                measure_moments(args, block, knows_largest ? largest : nullptr, scales[i]);
+            else
+                store_floats(args, tensor, block, works[i]);
         }
-        for (int i = 0; i < count; ++i) {
-            const bool knows_largest = !stepper.skips_zeros && blocks[i].count == kBlock; // lanes beyond the end do not count
+        for (int i = 0; args.in_8bit && i < count; ++i)
             if (is_stepped[i])
-                store_moments(args, tensor, index + i, blocks[i], works[i], knows_largest ? largest[i] : nullptr);
-        }
+                store_codes(args, tensor, index + i, blocks[i], scales[i]);
     }
 }
 
 template <typename Algorithm>
-OptimizerSquares measure_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
+void measure_blocks(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last, OptimizerSquares* squares) {
     const Stepper<Algorithm> stepper(args.scalars, 1.0f);
     const Tables tables(args);
     Workspace work;
-    SumOfSquares update, p;
-    for (int64_t index = first; index < last; ++index) {
-        const Block block = load_block(args, tables, tensor, index, work);
-        stepper.measure(block, work.update);
-        update.add(work.update, block.count);
-        p.add(block.p, block.count);
+    for (int64_t index = first; index < last; ++squares) {
+        SumOfSquares update, p;
+        for (const int64_t end = last - index < kBlocksPerChunk ? last : index + kBlocksPerChunk; index < end; ++index) {
+            const Block block = load_block(args, tables, tensor, index, work);
+            stepper.measure(block, work.update);
+            update.add(work.update, block.count);
+            p.add(block.p, block.count);
+        }
+        *squares = {update.total(), p.total()};
     }
-    return {update.total(), p.total()};
 }
 
 } // namespace
@@ -147,11 +154,9 @@ void optimizer_step(const OptimizerArgs& args, const OptimizerTensor& tensor, in
     with_algorithm(args.variant, [&](auto* algorithm) { step_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
 }
 
-OptimizerSquares optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last) {
-    OptimizerSquares squares{};
+void optimizer_measure(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t first, int64_t last, OptimizerSquares* squares) {
     with_algorithm(args.variant,
-                   [&](auto* algorithm) { squares = measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last); });
-    return squares;
+                   [&](auto* algorithm) { measure_blocks<std::remove_pointer_t<decltype(algorithm)>>(args, tensor, first, last, squares); });
 }
 
 } // namespace BNB_ISA

@@ -28,6 +28,9 @@ struct OptimizerArgs {
     uint32_t step; // for the random numbers
 };
 
+// Blocks of a parameter whose squares are summed up together, on one thread.
+constexpr int64_t kBlocksPerChunk = 16;
+
 // One parameter.
 struct OptimizerTensor {
     void* p;

@@ -88,12 +88,17 @@ template <typename Finder> struct KeepingSign {
     }
 };
 
+// The scale of a moment's block, and its inverse.
+struct MomentScale {
+    float absmax, inverse;
+};
+
 template <typename Finder>
-static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, float absmax, uint8_t* out) {
-    const float inverse = inverse_absmax(absmax);
+static void write_codes(const MomentCode& code, const Finder finder, const float* x, int64_t count, const MomentScale& of_block, uint8_t* out) {
+    const float inverse = of_block.inverse;
     const F32 scale = splat(inverse);
     int64_t i = 0;
-    if (is_ordinary(absmax, inverse)) {
+    if (is_ordinary(of_block.absmax, inverse)) {
         for (; i + W <= count; i += W) {
             const F32 value = load(x + i);
             store_bytes(out + i, finder.code(mul(value, scale), value));
@@ -104,10 +109,10 @@ static void write_codes(const MomentCode& code, const Finder finder, const float
 }
 
 #if defined(BNB_HAS_LINE_LOOKUP)
-template <bool kSigned> static void write_codes_by_lines(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
+template <bool kSigned> static void write_codes_by_lines(const MomentCode& code, const float* x, int64_t count, float inverse, uint8_t* out) {
     const ByLines<kSigned> lines(*code.lines);
     const KeepingSign<ByCell> cells(ByCell(*code.cells), code.negatives);
-    const F32 scale = splat(inverse_absmax(absmax));
+    const F32 scale = splat(inverse);
     for (int64_t group = 0; group < count; group += lines.kTogether * W) {
         if (lines.write_codes(x + group, scale, out + group))
             continue;
@@ -119,15 +124,15 @@ template <bool kSigned> static void write_codes_by_lines(const MomentCode& code,
 }
 #endif
 
-static void write_moment(const MomentCode& code, const float* x, int64_t count, float absmax, uint8_t* out) {
+static void write_moment(const MomentCode& code, const float* x, int64_t count, const MomentScale& scale, uint8_t* out) {
     if (code.cells == nullptr)
-        return write_codes(code, KeepingSign<BySearch>(BySearch(code.midpoints), code.negatives), x, count, absmax, out);
+        return write_codes(code, KeepingSign<BySearch>(BySearch(code.midpoints), code.negatives), x, count, scale, out);
     const KeepingSign<ByCell> by_cell(ByCell(*code.cells), code.negatives);
 #if defined(BNB_HAS_LINE_LOOKUP)
-    if (code.lines != nullptr && count % (ByLines<true>::kTogether * W) == 0 && is_ordinary(absmax, inverse_absmax(absmax)))
-        return (code.negatives != 0 ? write_codes_by_lines<true> : write_codes_by_lines<false>)(code, x, count, absmax, out);
+    if (code.lines != nullptr && count % (ByLines<true>::kTogether * W) == 0 && is_ordinary(scale.absmax, scale.inverse))
+        return (code.negatives != 0 ? write_codes_by_lines<true> : write_codes_by_lines<false>)(code, x, count, scale.inverse, out);
 #endif
-    write_codes(code, by_cell, x, count, absmax, out);
+    write_codes(code, by_cell, x, count, scale, out);
 }
 
 // Codes cannot say NaN, and an infinite scale would spoil the other elements of the block: an element with a moment that is NaN or infinite starts
@@ -183,14 +188,14 @@ BNB_INLINE void store_parameter(const OptimizerArgs& args, const OptimizerTensor
     });
 }
 
-// `largest` are the bits of the largest magnitudes of the moments where they are known, or null.
-static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const uint32_t* largest) {
-    float absmax[kMostMoments];
+// The scales of a block's moments. `largest` are the bits of their largest magnitudes where they are known, or null.
+static void measure_moments(const OptimizerArgs& args, const Block& block, const uint32_t* largest, MomentScale* scales) {
     const auto measure = [&](const uint32_t* known) {
         bool is_finite = true;
         for (int k = 0; k < args.moments; ++k) {
-            absmax[k] = known != nullptr ? absmax_from_bits(known[k]) : block_absmax(block.moments[k], block.count);
-            is_finite = is_finite && float_bits(absmax[k]) < kInfinityBits;
+            const float absmax = known != nullptr ? absmax_from_bits(known[k]) : block_absmax(block.moments[k], block.count);
+            scales[k] = {absmax, inverse_absmax(absmax)};
+            is_finite = is_finite && float_bits(absmax) < kInfinityBits;
         }
         return is_finite;
     };
@@ -198,18 +203,16 @@ static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor
         reset_spoilt(args, block.count, block.moments);
         measure(nullptr);
     }
+}
+
+static void store_codes(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const MomentScale* scales) {
     for (int k = 0; k < args.moments; ++k) {
-        const MomentCode& code = args.codes[k];
-        uint8_t* out = static_cast<uint8_t*>(tensor.moments[k]) + block.begin;
-        tensor.absmax[k][index] = absmax[k];
-        write_moment(code, block.moments[k], block.count, absmax[k], out);
+        tensor.absmax[k][index] = scales[k].absmax;
+        write_moment(args.codes[k], block.moments[k], block.count, scales[k], static_cast<uint8_t*>(tensor.moments[k]) + block.begin);
     }
 }
 
-BNB_INLINE void store_moments(const OptimizerArgs& args, const OptimizerTensor& tensor, int64_t index, const Block& block, const Workspace& work,
-                              const uint32_t* largest) {
-    if (args.in_8bit)
-        return store_codes(args, tensor, index, block, largest);
+static void store_floats(const OptimizerArgs& args, const OptimizerTensor& tensor, const Block& block, const Workspace& work) {
     for (int k = 0; k < args.moments; ++k)
         if (block.moments[k] == work.moments[k])
             put_floats(work.moments[k], block.count, static_cast<float*>(tensor.moments[k]) + block.begin, [](F32 v, int64_t) { return v; });
