@@ -55,6 +55,13 @@ struct FloatArithmetic {
             to[i] = to_float(from[i]);
     }
 
+    // A granule in the order of the lookups: those of step s to out + s * stride.
+    template <int kGranule> BNB_INLINE void pack(const Activation* x, Activation* out, int64_t stride) {
+        for (int step = 0; step < kGranule / kLanes; ++step)
+            for (int lane = 0; lane < kLanes; ++lane)
+                out[step * stride + lane] = x[source_in_granule<FloatArithmetic, kGranule>(step, lane)];
+    }
+
     BNB_INLINE Vector load_activations(const Activation* x) { return load(x); }
     BNB_INLINE Vector broadcast(const Activation* x) { return splat(*x); }
     BNB_INLINE Vector load_cells(const Cell* p) { return load(p); }
@@ -105,6 +112,21 @@ struct BFloat16Arithmetic {
     BNB_INLINE Vector lookup(Table table, Codes codes) { return as_vector(_mm512_permutexvar_epi16(codes.v, table.v)); }
 
     BNB_INLINE void convert(const BFloat16* from, int64_t count, Activation* to) { memcpy(to, from, size_t(count) * sizeof *to); }
+
+    template <int kGranule> BNB_INLINE void pack(const Activation* x, Activation* out, int64_t stride) {
+        const __m512i first = _mm512_loadu_si512(x);
+        if constexpr (kGranule == kLanes) {
+            _mm512_storeu_si512(out, first);
+        } else {
+            static_assert(source_in_granule<BFloat16Arithmetic, kGranule>(0, 1) == 3, "the odd elements come first");
+            const __m512i second = _mm512_loadu_si512(x + kLanes);
+            const __m512i even = _mm512_mullo_epi32(iota(), _mm512_set1_epi32(0x00040004));
+            const __m512i indices = _mm512_add_epi32(even, _mm512_set1_epi32(0x00020000));
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, _mm512_add_epi16(indices, _mm512_set1_epi16(1)), second));
+            _mm512_storeu_si512(out + stride, _mm512_permutex2var_epi16(first, indices, second));
+        }
+    }
+
     BNB_INLINE Vector load_activations(const Activation* x) { return as_vector(_mm512_loadu_si512(x)); }
 
     BNB_INLINE Vector broadcast(const Activation* x) {

@@ -17,7 +17,7 @@ namespace BNB_ISA {
 constexpr bool kManyRegisters = W == 16; // 32 vectors, a table in one of them
 constexpr int kTileTokens = 8;
 constexpr int kMostDotTokens = kManyRegisters ? 40 : 8; // from here on a panel is faster
-constexpr int kDotGroup = 64;                           // rows that share one pass over packed activations
+constexpr int kDotGroup = 128;                          // rows that share one pass over packed activations
 constexpr int64_t kDotCacheBytes = 32 << 10;            // of packed activations in one pass
 constexpr int64_t kFewTokensAhead = 16 << 10;           // bytes of the weight
 
@@ -131,31 +131,21 @@ static void dot_rows(DotSpan span, int64_t rows, Table16 levels, const typename 
         dot_tile<Arithmetic, kGranule, 1, kTokens>(span, levels, x, sums + row);
 }
 
-// GCC does not vectorise a loop that assigns small structs; one that passes them by value it does.
-template <typename Activation> BNB_INLINE Activation value_of(Activation x) { return x; }
-
-// One granule of K of each token, in the order of the lookups.
-template <typename Arithmetic, int kGranule, typename Activation>
-static void pack_granules(const Activation* x, int64_t stride, int64_t tokens, Activation* out) {
-    constexpr int kLanes = Arithmetic::kLanes;
-    for (int step = 0; step < kGranule / kLanes; ++step)
-        for (int64_t t = 0; t < tokens; ++t, out += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane)
-                out[lane] = value_of(x[t * stride + source_in_granule<Arithmetic, kGranule>(step, lane)]);
-}
-
 // Activations of up to kTileTokens tokens: for each vector of K in the order of the lookups, one vector a token.
 template <typename Arithmetic, int kGranule, typename T>
 static void pack_activations(const T* a, int64_t K, int64_t tokens, typename Arithmetic::Activation* out) {
     using Activation = typename Arithmetic::Activation;
+    constexpr int kLanes = Arithmetic::kLanes;
     for (int64_t k = 0; k < K; k += kGranule, out += tokens * kGranule) {
-        if constexpr (std::is_same<T, Activation>::value) {
-            pack_granules<Arithmetic, kGranule>(a + k, K, tokens, out);
-        } else {
-            Activation converted[kTileTokens * kGranule];
-            for (int64_t t = 0; t < tokens; ++t)
-                Arithmetic::convert(a + t * K + k, kGranule, converted + t * kGranule);
-            pack_granules<Arithmetic, kGranule>(converted, kGranule, tokens, out);
+        for (int64_t t = 0; t < tokens; ++t) {
+            const T* from = a + t * K + k;
+            if constexpr (std::is_same<T, Activation>::value) {
+                Arithmetic::template pack<kGranule>(from, out + t * kLanes, tokens * kLanes);
+            } else {
+                Activation converted[kGranule];
+                Arithmetic::convert(from, kGranule, converted);
+                Arithmetic::template pack<kGranule>(converted, out + t * kLanes, tokens * kLanes);
+            }
         }
     }
 }
