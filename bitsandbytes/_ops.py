@@ -16,6 +16,7 @@ from math import prod
 from typing import NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from .check_memo import once_for_alike
 from .packing import is_cpu_layout, require_layout_holds
@@ -153,13 +154,14 @@ def invoke_on_lists(name: str, lists: Sequence[Sequence[torch.Tensor]], **settin
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+_are_transforms_active = torch._C._are_functorch_transforms_active
 _profiling = torch.autograd._profiler_enabled
 _is_tracing = torch._C._is_tracing
 
 
 def _nobody_watches() -> bool:
-    return not (_is_compiling() or _dispatch_modes() or _function_modes() or _profiling() or _is_tracing()) and _functorch_level() is None
+    watches = _is_compiling() or _dispatch_modes() or _function_modes() or _profiling() or _is_tracing() or _are_transforms_active()
+    return not watches and forward_ad._current_level < 0
 
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, int, float, str, bool, list, tuple, torch.Size, torch.dtype, type(None)}

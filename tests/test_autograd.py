@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import bitsandbytes as bnb
@@ -322,6 +323,38 @@ def test_function_transforms(nested):
     torch.testing.assert_close(over_biases, torch.stack([2 * (A @ weight.t() + b).sum(0) for b in biases]), **close)
     over_both = torch.func.vmap(torch.func.grad(loss))(A[:3], biases)
     torch.testing.assert_close(over_both, torch.stack([2 * (a @ weight.t() + b) @ weight for a, b in zip(A, biases)]), **close)
+
+
+@both_nestings
+def test_forward_mode(nested):
+    packed, state, weight = quantised(nested)
+    weight, A, bias = weight.float(), torch.randn(3, IN) / 8, torch.randn(OUT)
+    tangent, bias_tangent = torch.randn(3, IN), torch.randn(OUT)
+    close = {"atol": 2e-3, "rtol": 1e-3}
+
+    def product(a, b=None):
+        return bnb.matmul_4bit(a, packed, state, bias=b)
+
+    by_A = tangent @ weight.t()
+    torch.testing.assert_close(torch.func.jvp(product, (A,), (tangent,))[1], by_A, **close)
+    torch.testing.assert_close(torch.func.jvp(product, (A, bias), (tangent, bias_tangent))[1], by_A + bias_tangent, **close)
+    torch.testing.assert_close(torch.func.jvp(lambda b: product(A, b), (bias,), (bias_tangent,))[1], bias_tangent.expand(3, OUT), **close)
+    torch.testing.assert_close(torch.func.vmap(lambda a, t: torch.func.jvp(product, (a,), (t,))[1])(A, tangent), by_A, **close)
+    torch.testing.assert_close(torch.func.jacfwd(product)(A[0]), weight, **close)
+
+    hessian = torch.func.hessian(lambda a: (a @ weight.t()).tanh().sum())(A[0])
+    for second in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacfwd(f)), lambda f: torch.func.jacfwd(torch.func.jacfwd(f))):
+        torch.testing.assert_close(second(lambda a: product(a).tanh().sum())(A[0]), hessian, **close)
+
+
+@pytest.mark.parametrize("with_grad", (True, False), ids=("grad", "no_grad"))
+def test_a_dual_number_keeps_its_tangent(with_grad):
+    packed, state, weight = quantised()
+    A, tangent, bias = torch.randn(3, IN), torch.randn(3, IN), torch.randn(OUT)
+    with forward_ad.dual_level(), torch.set_grad_enabled(with_grad):
+        result = forward_ad.unpack_dual(bnb.matmul_4bit(forward_ad.make_dual(A, tangent), packed, state, bias=bias))
+        torch.testing.assert_close(result.tangent, tangent @ weight.float().t(), atol=2e-3, rtol=1e-3)
+        assert forward_ad.unpack_dual(bnb.matmul_4bit(A, packed, state)).tangent is None
 
 
 def test_the_weight_cannot_be_mapped_over():

@@ -12,6 +12,7 @@ import accelerate
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -344,6 +345,28 @@ def test_functional_transforms_and_second_derivatives():
     (first,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     torch.testing.assert_close(second, (2 * weight.t() @ weight).sum(0).expand(5, -1), atol=0.2, rtol=0.05)
+
+
+def test_forward_mode():
+    linear, x = layer(), activations(3, outliers=False)
+    weight, tangent = linear.weight.dequantize(), torch.randn_like(x)
+    close = {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(torch.func.jvp(linear, (x,), (tangent,))[1], tangent @ weight.t(), **close)
+    torch.testing.assert_close(torch.func.jacfwd(linear)(x[0]), weight, **close)
+    loss = lambda x: linear(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.hessian(loss)(x[0]), 2 * weight.t() @ weight, atol=0.1, rtol=2e-2)
+    with forward_ad.dual_level():
+        result = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(result.tangent, tangent @ weight.t(), **close)
+
+
+def test_forward_mode_of_a_weight_in_floating_point():
+    x, weight, by_x, by_weight = torch.randn(3, 64), torch.randn(32, 64), torch.randn(3, 64), torch.randn(32, 64)
+    product = lambda x, weight: bnb.matmul(x, weight, state=bnb.MatmulLtState())  # noqa: E731
+    both = torch.func.jvp(product, (x, weight), (by_x, by_weight))[1]
+    torch.testing.assert_close(both, by_x @ weight.t() + x @ by_weight.t(), atol=1e-3, rtol=1e-3)
+    one = torch.func.jvp(lambda weight: product(x, weight), (weight,), (by_weight,))[1]
+    torch.testing.assert_close(one, x @ by_weight.t(), atol=1e-3, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------- the weight and its scales

@@ -9,6 +9,7 @@ from warnings import warn  # noqa: F401  (a published name of this module)
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 import torch.nn.functional as torch_functional
 
 from .. import functional as F
@@ -23,13 +24,19 @@ _autocast_somewhere = torch._C._is_any_autocast_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active
 
 
+def _may_have_tangents() -> bool:
+    return not _is_compiling() and (forward_ad._current_level >= 0 or _are_transforms_active())
+
+
 def _apply(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)``. Torch's asks ``forward`` for its signature at every call, which takes longer than a small product.
 
-    Compilers and transforms of torch.func need it so; for others what stands behind it is called.
+    Compilers, transforms of torch.func and forward mode need it so; for others what stands behind it is called.
     """
-    if _is_compiling() or _are_transforms_active():
+    if _is_compiling():
         return function.apply(*args)
+    if _may_have_tangents():
+        return _IN_FORWARD_MODE.get(function, function).apply(*args)
     args = unwrap_dead_wrappers(args)
     if not torch.is_grad_enabled():  # as in a backward pass that is not itself differentiated
         return function.forward(*args)
@@ -55,6 +62,7 @@ class MatMul4Bit(torch.autograd.Function):
         _, B, _, bias, state = inputs
         _save_weight(ctx, B, state)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.sizes = output.shape
 
     @staticmethod
     def backward(ctx, grad):
@@ -90,12 +98,12 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, grad, B, quant_state):
-        return _InputGradient.apply(grad.movedim(in_dims[0], 0), B, quant_state), 0
+        return _apply(_InputGradient, grad.movedim(in_dims[0], 0), B, quant_state), 0
 
 
 def _save_weight(ctx, B: torch.Tensor, state: QuantState) -> None:
     nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
-    ctx.save_for_backward(B, state.absmax, *nested)
+    _save(ctx, B, state.absmax, *nested)
     ctx.format = (state.shape, state.blocksize, state.quant_type)
 
 
@@ -177,7 +185,7 @@ def matmul_4bit(
     sizes = A.shape
     if sizes and sizes[-1] != shape[1] and sizes[-1] == shape[0]:
         result = _product_with_transposed(A, B, quant_state, bias)
-    elif torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
+    elif (torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))) or _may_have_tangents():
         result = _apply(MatMul4Bit, A, B, None, bias, quant_state)
     else:
         result = _product(A, B, quant_state, bias)
@@ -317,11 +325,14 @@ class MatMul8bitLt(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         A, B, _, bias, state = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.sizes = output.shape
         ctx.in_floating_point = _multiplies_floating_point(B, state)
-        if ctx.in_floating_point:
-            ctx.save_for_backward(*(tensor if wanted else None for tensor, wanted in ((A, B.requires_grad), (B, A.requires_grad))))
+        if not ctx.in_floating_point:
+            _save(ctx, *_codes_and_scales(B, state))
+        elif _may_have_tangents():
+            _save(ctx, A, B)
         else:
-            ctx.save_for_backward(*_codes_and_scales(B, state))
+            _save(ctx, *(tensor if wanted else None for tensor, wanted in ((A, B.requires_grad), (B, A.requires_grad))))
 
     @staticmethod
     def backward(ctx, grad):
@@ -365,7 +376,7 @@ class _Int8InputGradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
+        _save(ctx, *inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
@@ -373,7 +384,7 @@ class _Int8InputGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, grad, codes, scales):
-        return _Int8InputGradient.apply(grad.movedim(in_dims[0], 0), codes, scales), 0
+        return _apply(_Int8InputGradient, grad.movedim(in_dims[0], 0), codes, scales), 0
 
 
 def _int8_backward_product(grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -450,9 +461,59 @@ def matmul(
         A, bias = _as_autocast_wants(A, bias)
     if A.dtype not in FLOATS:
         raise TypeError(f"matmul takes float16, bfloat16 or float32 activations, got {A.dtype}")
-    if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)):
+    if (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad))) or _may_have_tangents():
         return _apply(MatMul8bitLt, A, B, None, bias, state)
     return MatMul8bitLt.forward(A, B, None, bias, state)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------- forward mode
+#
+# Classes of their own, because torch.compile refuses functions that have a jvp.
+
+
+class _MatMul4BitForward(MatMul4Bit):
+    @staticmethod
+    def jvp(ctx, A, B, out, bias, quant_state):
+        weight, state = _saved_weight(ctx)
+        return _sum_of_tangents(ctx.sizes, None if A is None else _apply(MatMul4Bit, A, weight, None, None, state), bias)
+
+
+class _InputGradientForward(_InputGradient):
+    @staticmethod
+    def jvp(ctx, grad, B, quant_state):
+        return _apply(_InputGradient, grad, *_saved_weight(ctx))
+
+
+class _MatMul8bitLtForward(MatMul8bitLt):
+    @staticmethod
+    def jvp(ctx, A, B, out, bias, state):
+        first, second = ctx.saved_tensors
+        by_A = by_B = None
+        if A is not None:
+            weight = second if ctx.in_floating_point else _dense(first, second)
+            by_A = torch_functional.linear(A, weight.to(A.dtype))
+        if B is not None and ctx.in_floating_point:
+            by_B = torch_functional.linear(first, B.to(first.dtype))
+        return _sum_of_tangents(ctx.sizes, by_A, by_B, bias)
+
+
+class _Int8InputGradientForward(_Int8InputGradient):
+    @staticmethod
+    def jvp(ctx, grad, codes, scales):
+        return _apply(_Int8InputGradient, grad, *ctx.saved_tensors)
+
+
+_IN_FORWARD_MODE = {
+    MatMul4Bit: _MatMul4BitForward,
+    _InputGradient: _InputGradientForward,
+    MatMul8bitLt: _MatMul8bitLtForward,
+    _Int8InputGradient: _Int8InputGradientForward,
+}
+
+
+def _sum_of_tangents(sizes: torch.Size, *tangents: torch.Tensor | None) -> torch.Tensor:
+    """Of those that there are, in the sizes of the result."""
+    return sum(tangent for tangent in tangents if tangent is not None).expand(sizes)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------- common
@@ -460,6 +521,12 @@ def matmul(
 
 def _rows(A: torch.Tensor) -> torch.Tensor:
     return A.unsqueeze(0) if A.dim() == 1 else A.flatten(0, -2)
+
+
+def _save(ctx, *tensors: torch.Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    if _may_have_tangents():
+        ctx.save_for_forward(*tensors)
 
 
 def _bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -474,8 +541,8 @@ def _mapped_product(function: type[torch.autograd.Function], info, in_dims, A, B
     if A_dim is not None:
         A = A.movedim(A_dim, 0)
     if bias_dim is None:
-        return function.apply(A, B, None, bias, state), (None if A_dim is None else 0)
-    product = function.apply(A, B, None, None, state)
+        return _apply(function, A, B, None, bias, state), (None if A_dim is None else 0)
+    product = _apply(function, A, B, None, None, state)
     middle = A.dim() - 1 - (A_dim is not None)
     return product + bias.movedim(bias_dim, 0).reshape(info.batch_size, *[1] * middle, -1), 0
 
