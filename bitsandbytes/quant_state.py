@@ -296,4 +296,4 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
 def _close(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)
+    return a.shape == b.shape and a.device == b.device and torch.allclose(a.float(), b.float(), atol=1e-6)

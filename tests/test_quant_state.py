@@ -66,6 +66,12 @@ def test_states_of_different_sizes_are_unequal():
     assert state_of((64, 64))[1] != state_of((64, 65))[1]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_states_on_different_devices_are_unequal(nested):
+    _, state = state_of(nested=nested)
+    assert state != state.moved_to("meta") and state.moved_to("meta") != state
+
+
 def test_state_has_room_for_other_attributes():
     _, s = state_of()
     s.to = lambda device: "mine"
