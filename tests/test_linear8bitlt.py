@@ -347,6 +347,12 @@ def test_functional_transforms_and_second_derivatives():
     torch.testing.assert_close(second, (2 * weight.t() @ weight).sum(0).expand(5, -1), atol=0.2, rtol=0.05)
 
 
+def test_transforms_take_a_weight_that_carries_its_scales():
+    weight, x = layer(bias=False).weight, activations(3, outliers=False)
+    gradient = torch.func.grad(lambda x: bnb.matmul(x, weight).sum())(x)
+    torch.testing.assert_close(gradient, weight.dequantize().sum(0).expand(3, -1), atol=1e-3, rtol=1e-3)
+
+
 def test_forward_mode():
     linear, x = layer(), activations(3, outliers=False)
     weight, tangent = linear.weight.dequantize(), torch.randn_like(x)
@@ -367,6 +373,21 @@ def test_forward_mode_of_a_weight_in_floating_point():
     torch.testing.assert_close(both, by_x @ weight.t() + x @ by_weight.t(), atol=1e-3, rtol=1e-3)
     one = torch.func.jvp(lambda weight: product(x, weight), (weight,), (by_weight,))[1]
     torch.testing.assert_close(one, x @ by_weight.t(), atol=1e-3, rtol=1e-3)
+
+    state = bnb.MatmulLtState()
+    state.has_fp16_weights = False  # codes are made of the weight, which is not trained
+    none = torch.func.jvp(lambda weight: bnb.matmul(x, weight, state=state), (weight,), (by_weight,))[1]
+    assert none.shape == (3, 32) and not none.any()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", FLOAT_DTYPES, ids=str)
+def test_a_tangent_has_the_dtype_of_the_result(dtype, bias_dtype):
+    weight, x, bias = layer(bias=False).weight, torch.randn(2, IN, dtype=dtype), torch.randn(OUT, dtype=bias_dtype)
+    product = lambda x, bias: bnb.matmul(x, weight, bias=bias)  # noqa: E731
+    for function, inputs in ((product, (x, bias)), (lambda b: product(x, b), (bias,)), (lambda a: product(a, bias), (x,))):
+        result, tangent = torch.func.jvp(function, inputs, inputs)
+        assert tangent.shape == result.shape and tangent.dtype == result.dtype == dtype
 
 
 # ---------------------------------------------------------------------------------------------------------- the weight and its scales

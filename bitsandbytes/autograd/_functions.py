@@ -62,7 +62,7 @@ class MatMul4Bit(torch.autograd.Function):
         _, B, _, bias, state = inputs
         _save_weight(ctx, B, state)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.sizes = output.shape
+        ctx.result = (output.shape, output.dtype, output.device)
 
     @staticmethod
     def backward(ctx, grad):
@@ -325,7 +325,7 @@ class MatMul8bitLt(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         A, B, _, bias, state = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.sizes = output.shape
+        ctx.result = (output.shape, output.dtype, output.device)
         ctx.in_floating_point = _multiplies_floating_point(B, state)
         if not ctx.in_floating_point:
             _save(ctx, *_codes_and_scales(B, state))
@@ -425,6 +425,16 @@ def _codes_and_scales(B: torch.Tensor, state: MatmulLtState | None) -> tuple[tor
     return state.CB, state.SCB
 
 
+def _with_scales_of(B: torch.Tensor, state: MatmulLtState) -> MatmulLtState:
+    """A state for B inside a transform, where a parameter is a plain tensor and has lost its scales."""
+    scales = getattr(B, "SCB", None)
+    if scales is None or B.dtype != torch.int8 or state.CB is not None:
+        return state
+    complete = MatmulLtState(CB=B.data, SCB=scales)
+    complete.threshold = state.threshold
+    return complete
+
+
 def matmul(
     A: torch.Tensor,
     B: torch.Tensor,
@@ -461,7 +471,9 @@ def matmul(
         A, bias = _as_autocast_wants(A, bias)
     if A.dtype not in FLOATS:
         raise TypeError(f"matmul takes float16, bfloat16 or float32 activations, got {A.dtype}")
-    if (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad))) or _may_have_tangents():
+    if _may_have_tangents():
+        return _apply(MatMul8bitLt, A, B, None, bias, _with_scales_of(B, state))
+    if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply(MatMul8bitLt, A, B, None, bias, state)
     return MatMul8bitLt.forward(A, B, None, bias, state)
 
@@ -475,7 +487,7 @@ class _MatMul4BitForward(MatMul4Bit):
     @staticmethod
     def jvp(ctx, A, B, out, bias, quant_state):
         weight, state = _saved_weight(ctx)
-        return _sum_of_tangents(ctx.sizes, None if A is None else _apply(MatMul4Bit, A, weight, None, None, state), bias)
+        return _sum_of_tangents(ctx.result, None if A is None else _apply(MatMul4Bit, A, weight, None, None, state), bias)
 
 
 class _InputGradientForward(_InputGradient):
@@ -494,7 +506,7 @@ class _MatMul8bitLtForward(MatMul8bitLt):
             by_A = torch_functional.linear(A, weight.to(A.dtype))
         if B is not None and ctx.in_floating_point:
             by_B = torch_functional.linear(first, B.to(first.dtype))
-        return _sum_of_tangents(ctx.sizes, by_A, by_B, bias)
+        return _sum_of_tangents(ctx.result, by_A, by_B, bias)
 
 
 class _Int8InputGradientForward(_Int8InputGradient):
@@ -511,9 +523,10 @@ _IN_FORWARD_MODE = {
 }
 
 
-def _sum_of_tangents(sizes: torch.Size, *tangents: torch.Tensor | None) -> torch.Tensor:
-    """Of those that there are, in the sizes of the result."""
-    return sum(tangent for tangent in tangents if tangent is not None).expand(sizes)
+def _sum_of_tangents(result: tuple[torch.Size, torch.dtype, torch.device], *tangents: torch.Tensor | None) -> torch.Tensor:
+    """Of those that there are, like the result."""
+    shape, dtype, device = result
+    return sum((tangent for tangent in tangents if tangent is not None), torch.zeros((), device=device)).to(dtype).expand(shape)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------- common
