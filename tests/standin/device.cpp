@@ -260,9 +260,12 @@ class CPUCall {
             }
         }
         const size_t bytes = result.storage().nbytes();
+        const void* data = result.storage().data();
         c10::Storage storage({}, bytes, device_memory.allocate(bytes), &device_memory, /*resizable=*/true);
-        if (bytes != 0)
-            std::memcpy(storage.mutable_data(), result.storage().data(), bytes);
+        if (data != nullptr)
+            std::memcpy(storage.mutable_data(), data, bytes);
+        else if (bytes != 0) // zeros that need no memory, as forward mode makes them
+            std::memset(storage.mutable_data(), 0, bytes);
         return over(std::move(storage), c10::DispatchKey::CUDA, result);
     }
 
