@@ -120,10 +120,11 @@ struct BFloat16Arithmetic {
         } else {
             static_assert(source_in_granule<BFloat16Arithmetic, kGranule>(0, 1) == 3, "the odd elements come first");
             const __m512i second = _mm512_loadu_si512(x + kLanes);
-            const __m512i even = _mm512_mullo_epi32(iota(), _mm512_set1_epi32(0x00040004));
-            const __m512i indices = _mm512_add_epi32(even, _mm512_set1_epi32(0x00020000));
-            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, _mm512_add_epi16(indices, _mm512_set1_epi16(1)), second));
-            _mm512_storeu_si512(out + stride, _mm512_permutex2var_epi16(first, indices, second));
+            const __m512i fours = _mm512_mullo_epi32(iota(), _mm512_set1_epi32(0x00040004)); // 0, 0, 4, 4, ...
+            const __m512i even = _mm512_add_epi32(fours, _mm512_set1_epi32(0x00020000));     // 0, 2, 4, 6, ...
+            const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, odd, second));
+            _mm512_storeu_si512(out + stride, _mm512_permutex2var_epi16(first, even, second));
         }
     }
 

@@ -14,9 +14,8 @@ constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
 
 // Whether every whole group of so many elements of every block of a result may be streamed.
 template <typename T> bool is_streamable(const void* output, int64_t n, int64_t blocksize, int64_t group) {
-    const int64_t bytes = group * int64_t(sizeof(T));
-    return n * int64_t(sizeof(T)) >= kLargerThanCaches && blocksize % group == 0 &&
-           int64_t(reinterpret_cast<uintptr_t>(output) % uintptr_t(bytes)) == 0;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(output) % (size_t(group) * sizeof(T)) == 0;
+    return n * int64_t(sizeof(T)) >= kLargerThanCaches && blocksize % group == 0 && is_aligned;
 }
 
 template <bool kStreams, typename T> BNB_INLINE void put(T* p, F32 v) {
